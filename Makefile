@@ -1,0 +1,37 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both set up .venv on their first call.
+PYTHON ?= python3
+# On a machine without a GPU, PyTorch's CPU build is a fraction of the size: see "Installation" in the README.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+DEMO := quickstart
+
+.PHONY: demo test lint format docs clean
+
+demo: .venv/installed
+	$(BIN)/alignkit init quickstart --dir $(DEMO)
+	cd $(DEMO) && ../$(BIN)/alignkit run quickstart.yaml
+
+test: .venv/installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy alignkit plugins serve
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: .venv/installed
+	$(BIN)/python -m alignkit.config.export > docs/configuration.md
+
+# torch goes first and alone: resolved together with the rest, pip may take another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv $(DEMO) runs

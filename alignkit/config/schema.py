@@ -1,0 +1,49 @@
+"""The shape of a run's config. Every key that the YAML may hold is a field here or in the dataclass of a ``kind``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
+from alignkit.settings import Component, setting
+from alignkit.types import Overlong
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state is saved, and how much of it is kept."""
+
+    minutes: float = setting(10.0, "minutes between checkpoints; one is also written when a run is interrupted", at_least=0.0)
+    keep: int = setting(2, "how many checkpoints of a running stage are kept", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: an ``optimizer`` with what feeds it, or an ``evaluate``."""
+
+    name: str = setting(doc="the stage's name and folder; other stages refer to it")
+    start: str | None = setting(None, "the earlier stage whose policy this stage starts from; none: the run's own `policy`")
+    reference: str | None = setting(None, "the earlier stage whose policy is the frozen reference; none: where the stage starts")
+    optimizer: Component[Optimizer] | None = setting(None, "the alignment algorithm")
+    data: Component[DataSource] | None = setting(None, "demonstrations or rankings, for an optimizer that learns from them")
+    validation: Component[DataSource] | None = setting(None, "held-out rows of the same form as `data`")
+    prompts: Component[DataSource] | None = setting(None, "prompts, for an optimizer that learns from rollouts")
+    reward: Component[RewardSource] | None = setting(None, "what scores the rollouts")
+    evaluate: Component[Evaluator] | None = setting(None, "a measurement of finished stages, in place of an optimizer")
+    max_length: int = setting(512, "most tokens of a row (of a prompt, where rollouts are drawn)", at_least=2)
+    overlong: Overlong = setting("error", "what happens to a longer row; whatever happens is counted in the manifest")
+    validate_every: int = setting(0, "steps between validations; 0: only at the end", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One config is one run is one folder."""
+
+    name: str = setting(doc="the run's name")
+    dir: str = setting("runs/${name}", "the run's folder")
+    seed: int = setting(0, "every random choice of the run follows from it", at_least=0)
+    threads: int = setting(0, "CPU threads; 0: as many as there are cores", at_least=0)
+    policy: Component[Policy] = setting(doc="the model to align")
+    stages: tuple[StageConfig, ...] = setting(doc="what is done, in order")
+    trackers: tuple[Component[Tracker], ...] = setting((), "where metrics go besides the terminal and metrics.jsonl")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "when state is saved")

@@ -1,0 +1,1 @@
+"""Data: formats, records, chat templates and masks, order."""

@@ -1,0 +1,225 @@
+"""Rows to records, in the forms that users of other trainers already have. Every mistake names its row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignkit.data.sources import shown
+from alignkit.errors import DataError
+from alignkit.interfaces import Row
+from alignkit.types import Demonstration, Message, Prompt, Ranking
+
+ROLES = ("system", "user", "assistant", "tool")
+_OWN_COLUMNS = frozenset(
+    ["id", "prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks", "labeler", "weight", "margin", "preference"]
+)
+
+
+def demonstrations(rows: Sequence[Row]) -> list[Demonstration]:
+    """``prompt`` + ``completion`` (plain or conversational), or ``messages`` (every assistant turn is trained)."""
+    found, names = [], _Names()
+    for row in rows:
+        if "messages" in row.values:
+            messages = _messages(row, "messages")
+            first = next((i for i, message in enumerate(messages) if message.role == "assistant"), None)
+            if first is None:
+                raise _error(row, "messages has no assistant turn, so there is nothing to learn")
+            prompt = _prompt(row, messages[:first], plain=False, names=names)
+            found.append(Demonstration(prompt, messages[first:]))
+            continue
+        _need(row, ("prompt", "completion"), ("messages",))
+        messages, plain = _text_or_messages(row, "prompt")
+        completion, plain_completion = _text_or_messages(row, "completion", role="assistant")
+        if plain != plain_completion:
+            raise _error(row, "prompt and completion must be of one form: both text, or both lists of messages")
+        if completion[-1].role != "assistant":
+            raise _error(row, f'completion ends with a turn of "{completion[-1].role}"; its last turn must be the assistant\'s')
+        found.append(Demonstration(_prompt(row, messages, plain=plain, names=names), completion))
+    return found
+
+
+def rankings(rows: Sequence[Row]) -> list[Ranking]:
+    """``prompt`` + ``responses`` + ``ranks``, or ``prompt`` + ``chosen`` + ``rejected``; a prompt may be inside chosen and rejected."""
+    found, names = [], _Names()
+    for row in rows:
+        if "responses" in row.values:
+            _need(row, ("prompt", "responses", "ranks"))
+            messages, plain = _text_or_messages(row, "prompt")
+            responses = _responses(row)
+            ranks = _ranks(row, len(responses))
+        else:
+            _need(row, ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "responses", "ranks"))
+            messages, plain, responses = _comparison(row)
+            ranks = (1, 2)
+        labeler = row.values.get("labeler")
+        found.append(
+            Ranking(
+                prompt=_prompt(row, messages, plain=plain, names=names),
+                responses=responses,
+                ranks=ranks,
+                labeler=None if labeler is None else str(labeler),
+                weight=_number(row, "weight", 1.0, low=0.0),
+                margin=_number(row, "margin", 0.0, low=0.0),
+                preference=_preference(row, len(responses)),
+            )
+        )
+    return found
+
+
+def prompts(rows: Sequence[Row]) -> list[Prompt]:
+    """``prompt`` (text to be continued, or messages), or ``messages`` that end with the turn to be answered."""
+    found, names = [], _Names()
+    for row in rows:
+        _need(row, ("prompt",), ("messages",))
+        messages, plain = _text_or_messages(row, "prompt" if "prompt" in row.values else "messages")
+        if messages[-1].role == "assistant":
+            raise _error(row, "the prompt ends with an assistant turn; leave out the answer, it is to be drawn")
+        found.append(_prompt(row, messages, plain=plain, names=names))
+    return found
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 of the rows' values, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_canonical(row.values) + b"\n")
+    return digest.hexdigest()
+
+
+class _Names:
+    """Ids: a row's own, or one that follows from its prompt and from how often that came before."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, str] = {}
+        self._repeats: dict[str, int] = {}
+
+    def of(self, row: Row, messages: Sequence[Message]) -> str:
+        own = row.values.get("id")
+        if own is not None:
+            name = str(own)
+            if name in self._own:
+                raise _error(row, f"the id {name!r} is taken by {self._own[name]}; ids must be unique, or left out")
+            self._own[name] = row.origin
+            return name
+        key = hashlib.sha256(_canonical([[m.role, m.content] for m in messages])).hexdigest()[:16]
+        self._repeats[key] = self._repeats.get(key, 0) + 1
+        return key if self._repeats[key] == 1 else f"{key}-{self._repeats[key]}"
+
+
+def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Names) -> Prompt:
+    metadata = {key: value for key, value in row.values.items() if key not in _OWN_COLUMNS}
+    return Prompt(names.of(row, messages), messages, plain=plain, metadata=metadata)
+
+
+def _comparison(row: Row) -> tuple[tuple[Message, ...], bool, tuple[str, ...]]:
+    chosen, plain = _text_or_messages(row, "chosen", role="assistant")
+    rejected, plain_rejected = _text_or_messages(row, "rejected", role="assistant")
+    if plain != plain_rejected:
+        raise _error(row, "chosen and rejected must be of one form: both text, or both lists of messages")
+    if "prompt" in row.values:
+        messages, plain_prompt = _text_or_messages(row, "prompt")
+        if plain_prompt != plain:
+            raise _error(row, "prompt, chosen and rejected must be of one form: all text, or all lists of messages")
+        if len(chosen) != 1 or len(rejected) != 1:
+            raise _error(row, "beside a prompt, chosen and rejected hold one assistant turn each")
+    else:
+        if plain:
+            raise _error(row, "without a prompt, chosen and rejected must be whole conversations (lists of messages)")
+        if chosen[:-1] != rejected[:-1] or not chosen[:-1]:
+            raise _error(row, "chosen and rejected must be the same conversation up to their last turn, which is compared")
+        messages = chosen[:-1]
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1].role != "assistant":
+            raise _error(row, f'{name} ends with a turn of "{turns[-1].role}"; its last turn must be the assistant\'s')
+    return messages, plain, (chosen[-1].content, rejected[-1].content)
+
+
+def _responses(row: Row) -> tuple[str, ...]:
+    found = row.values["responses"]
+    if not isinstance(found, list):
+        raise _error(row, f"responses is {shown(found)}; allowed: a list of 2 to 9 texts")
+    if not 2 <= len(found) <= 9:
+        raise _error(row, f"responses has {len(found)} entries; allowed: 2 to 9")
+    texts = []
+    for i, response in enumerate(found):
+        if isinstance(response, list) and len(response) == 1 and isinstance(response[0], Mapping):
+            response = response[0].get("content")
+        if not isinstance(response, str) or not response.strip():
+            raise _error(row, f"response {i + 1} is {shown(response)}; allowed: text that is not empty")
+        texts.append(response)
+    return tuple(texts)
+
+
+def _ranks(row: Row, count: int) -> tuple[int, ...]:
+    found = row.values["ranks"]
+    whole = isinstance(found, list) and all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in found)
+    if not whole:
+        raise _error(row, f"ranks is {shown(found)}; allowed: a list of whole numbers, 1 is best, equal numbers are ties")
+    if len(found) != count:
+        raise _error(row, f"there are {len(found)} ranks for {count} responses; one each is needed")
+    return tuple(found)
+
+
+def _preference(row: Row, count: int) -> float | None:
+    if row.values.get("preference") is None:
+        return None
+    if count != 2:
+        raise _error(row, f"preference is given with {count} responses; a soft label is for two")
+    return _number(row, "preference", 1.0, low=0.0, high=1.0)
+
+
+def _number(row: Row, name: str, default: float, *, low: float, high: float = math.inf) -> float:
+    found = row.values.get(name)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high or not math.isfinite(found):
+        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
+        raise _error(row, f"{name} is {shown(found)}; allowed: a number {bounds}")
+    return float(found)
+
+
+def _text_or_messages(row: Row, name: str, role: str = "user") -> tuple[tuple[Message, ...], bool]:
+    """The column as messages, and whether it was plain text."""
+    found = row.values[name]
+    if isinstance(found, str):
+        if not found.strip():
+            raise _error(row, f"{name} is empty")
+        return (Message(role, found),), True
+    return _messages(row, name), False
+
+
+def _messages(row: Row, name: str) -> tuple[Message, ...]:
+    found = row.values[name]
+    if not isinstance(found, list) or not found:
+        raise _error(row, f'{name} is {shown(found)}; allowed: text, or a list of {{"role": ..., "content": ...}}')
+    messages = []
+    for i, turn in enumerate(found):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            raise _error(row, f'turn {i + 1} of {name} is {shown(turn)}; allowed: {{"role": ..., "content": text}}')
+        if turn.get("role") not in ROLES:
+            raise _error(row, f"turn {i + 1} of {name} has role {shown(turn.get('role'))}; allowed: {', '.join(ROLES)}")
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise _error(row, f"turn {i + 1} of {name} is an empty answer")
+        messages.append(Message(turn["role"], turn["content"]))
+    return tuple(messages)
+
+
+def _need(row: Row, *forms: tuple[str, ...]) -> None:
+    if any(all(row.values.get(name) is not None for name in form) for form in forms):
+        return
+    accepted = "; or ".join(" + ".join(form) for form in forms)
+    null = [name for form in forms for name in form if name in row.values and row.values[name] is None]
+    found = ", ".join(row.values) or "none"
+    raise _error(row, f"the columns are {found}{f' ({null[0]} is null)' if null else ''}; needed: {accepted}")
+
+
+def _error(row: Row, what: str) -> DataError:
+    return DataError(f"{row.origin}: {what}; the row is {shown(row.values)}")
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()

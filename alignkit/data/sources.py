@@ -1,0 +1,119 @@
+"""Where rows are: JSON lines, Parquet, and folders saved by the ``datasets`` library. Torch-free at import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import DataError
+from alignkit.interfaces import DataSpec, Row
+from alignkit.settings import FilePath, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileConfig:
+    """Rows of one file."""
+
+    path: FilePath = setting(doc="the file")
+    limit: int = setting(0, "only this many rows, from the top; 0: all", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetsConfig:
+    """Rows of a folder written by ``datasets.save_to_disk``."""
+
+    path: FilePath = setting(doc="the folder")
+    split: str = setting("train", "which split, where the folder holds several")
+    limit: int = setting(0, "only this many rows, from the top; 0: all", at_least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows read anew each time they are asked for."""
+
+    path: str
+    limit: int
+    read: Any
+
+    def rows(self) -> Iterable[Row]:
+        """At least one row, in the order of the file."""
+        found = list(islice(self.read(self.path), self.limit or None))
+        if not found:
+            raise DataError(f"{self.path}: there are no rows in it")
+        return found
+
+
+def _jsonl(path: str) -> Iterator[Row]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); JSON lines are") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{origin}:{error.colno}: not JSON: {error.msg}; the row is {shown(line)}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{origin}: a row must be a JSON object, such as {{\"prompt\": ...}}; found {shown(line)}")
+        yield Row(values, origin)
+
+
+def _parquet(path: str) -> Iterator[Row]:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
+    number = 0
+    for batch in table.iter_batches():
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(values, f"{path} row {number}")
+
+
+def _datasets(config: DatasetsConfig) -> Any:
+    def read(path: str) -> Iterator[Row]:
+        import datasets
+
+        try:
+            loaded = datasets.load_from_disk(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a folder written by datasets.save_to_disk: {str(error).splitlines()[0]}") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if config.split not in loaded:
+                raise DataError(f'{path}: there is no split "{config.split}"; it holds {", ".join(loaded)}')
+            loaded = loaded[config.split]
+        for number, values in enumerate(loaded, start=1):
+            yield Row(values, f"{path} row {number}")
+
+    return read
+
+
+def shown(value: Any) -> str:
+    """A row for an error message: on one line, and not too long."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+DATA_SPECS = (
+    DataSpec(kind="jsonl", summary="JSON lines", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, _jsonl)),
+    DataSpec(kind="parquet", summary="a Parquet file", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, _parquet)),
+    DataSpec(
+        kind="datasets",
+        summary="a folder of the datasets library",
+        config=DatasetsConfig,
+        build=lambda config: _Rows(config.path, config.limit, _datasets(config)),
+    ),
+)

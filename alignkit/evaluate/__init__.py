@@ -1,0 +1,46 @@
+"""The declaration of ``win_rate``: a judge compares two policies on the same prompts. Torch-free; the work is in ``win_rate.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignkit.interfaces import DataSource, Evaluator, EvaluatorSpec, RewardSource
+from alignkit.settings import Component, StageName, setting
+
+if TYPE_CHECKING:
+    from alignkit.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRateConfig:
+    """Two policies answer the same prompts with the same noise; a judge scores both."""
+
+    candidate: StageName = setting(doc="the stage whose policy is after")
+    baseline: StageName = setting(doc="the stage whose policy is before")
+    judge: Component[RewardSource] = setting(doc="what scores the answers; better not what the candidate was trained on")
+    prompts: Component[DataSource] = setting(doc="held-out prompts")
+    judge_data: Component[DataSource] | None = setting(
+        None, "held-out prompts, each with a `response` and people's `rating` of it, to measure how well the judge agrees with people"
+    )
+    samples_per_prompt: int = setting(1, "answers drawn to each prompt", at_least=1)
+    max_new_tokens: int = setting(64, "longest answer, tokens", at_least=1)
+    temperature: float = setting(1.0, "of sampling", above=0.0)
+    max_length: int = setting(512, "most tokens of a prompt", at_least=1)
+    seed: int = setting(0, "added to the run's: another number draws other answers", at_least=0)
+    bootstrap: int = setting(2000, "resamples behind the 95% intervals", at_least=1)
+    examples: int = setting(6, "answers that are shown: those to the first prompts, not chosen", at_least=0)
+
+
+def _build(config: WinRateConfig, context: Context) -> Evaluator:
+    from alignkit.evaluate.win_rate import WinRate
+
+    return WinRate(config, context)
+
+
+WIN_RATE = EvaluatorSpec(
+    kind="win_rate",
+    summary="a judge compares two policies' answers to the same held-out prompts",
+    config=WinRateConfig,
+    build=_build,
+)

@@ -1,0 +1,162 @@
+"""The policy: a transformers causal language model that scores tokens, trained in full or by adapters, or frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.data.codec import TemplateCodec
+from alignkit.errors import ModelError
+from alignkit.interfaces import TokenBatch, TokenScores
+from alignkit.models import adapters
+from alignkit.models.config import Precision, TuningConfig
+from alignkit.ops.logprobs import selective_logprobs
+
+
+class CausalPolicy:
+    """A causal language model with its codec.
+
+    ``version`` counts the updates; whoever trains ``module`` raises it. Dropout is off, always: with it the ratio of PPO would not be 1.
+    """
+
+    def __init__(self, model: Any, codec: TemplateCodec, *, tuning: TuningConfig, precision: Precision) -> None:
+        self._model = model
+        self._tuning = tuning
+        self._precision = resolve_precision(precision)
+        self._half: tuple[int, Any] | None = None
+        self.codec = codec
+        self.version = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformers model; its trainable parameters are those with ``requires_grad``."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._model.parameters()).device
+
+    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their row.
+
+        Rows are padded on the right, so causal attention alone keeps padding out; hidden states are projected onto the
+        vocabulary only where a token is scored.
+        """
+        ids, loss_mask = batch.ids.to(self.device), batch.loss_mask.to(self.device)
+        with autocast(self._precision, self.device):
+            hidden = hidden_states(self._model, ids)
+            head = self._model.get_output_embeddings()
+            scored = loss_mask[:, 1:]
+            logprobs, entropy = selective_logprobs(
+                hidden[:, :-1][scored], head.weight, ids[:, 1:][scored], bias=head.bias, temperature=temperature
+            )
+        return TokenScores(_scatter(logprobs, loss_mask), _scatter(entropy, loss_mask))
+
+    @contextmanager
+    def decoding(self) -> Iterator[tuple[Any, bool]]:
+        """The model to generate with, and whether its log-probabilities agree with the training forward (float32)."""
+        if self._precision == "float32":
+            yield self._model, True
+            return
+        if self._half is None or self._half[0] != self.version:
+            config = self._model.config
+            half = type(self._model)(config).to(self.device, torch.bfloat16).eval() if self._half is None else self._half[1]
+            half.load_state_dict(adapters.merged_state(self._model))
+            self._half = (self.version, half)
+        yield self._half[1], False
+
+    def reference(self) -> CausalPolicy:
+        """A frozen policy with the weights this one started from.
+
+        Adapters share the base and are switched off; with full tuning it is a copy, so ask before the first update.
+        """
+        if self._tuning.kind == "lora":
+            return _WithoutAdapters(self._model, self.codec, tuning=self._tuning, precision=self._precision)
+        frozen = copy.deepcopy(self._model).requires_grad_(False)
+        return CausalPolicy(frozen, self.codec, tuning=self._tuning, precision=self._precision)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain transformers folder, adapters merged; the adapters alone are kept beside it in ``adapter/``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._model.save_pretrained(folder, state_dict=adapters.merged_state(self._model))
+        self.codec.tokenizer.save_pretrained(folder)
+        if self._tuning.kind == "lora":
+            adapters.save_adapters(self._model, folder / "adapter")
+
+
+class _WithoutAdapters(CausalPolicy):
+    """The base under another policy's adapters."""
+
+    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        with adapters.adapters_off(self._model), torch.no_grad():
+            return super().score_tokens(batch, temperature=temperature)
+
+
+def load(
+    folder: Path, *, tuning: TuningConfig, precision: Precision, trainable: bool, seed: int, trust_remote_code: bool = False
+) -> CausalPolicy:
+    """The policy in a transformers folder. A frozen one has no trainable weight, and no adapters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: not a transformers folder with safetensors weights: {str(error).strip().splitlines()[0]}") from error
+    model = model.to(pick_device()).eval()
+    if trainable:
+        adapters.tune(model, tuning, seed)
+    else:
+        model.requires_grad_(False)
+    return CausalPolicy(
+        model, make_codec(tokenizer, model.config), tuning=tuning if trainable else TuningConfig(), precision=precision
+    )
+
+
+def make_codec(tokenizer: Any, model_config: Any) -> TemplateCodec:
+    """The codec of a model: every id that ends a turn is a stop id, the tokenizer's end-of-sequence first."""
+    declared = model_config.eos_token_id
+    also = declared if isinstance(declared, list) else [declared]
+    stops = [i for i in (tokenizer.eos_token_id, *also) if i is not None]
+    if not stops:
+        raise ModelError(f"{tokenizer.name_or_path}: the tokenizer names no end-of-sequence token, so a response could never end")
+    return TemplateCodec(tokenizer, tuple(dict.fromkeys(stops)))
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """Last hidden states [b t d] of right-padded rows."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def pick_device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """``auto``: bfloat16 where the processor multiplies in it (measured: elsewhere it is slower than float32)."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def autocast(precision: Precision, device: torch.device) -> Any:
+    """Matrix products in bfloat16 with float32 masters, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` [n] put where ``mask`` [b t] is True; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

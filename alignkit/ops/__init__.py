@@ -1,0 +1,1 @@
+"""Tensor maths, torch only: every formula of the algorithms, as pure functions."""

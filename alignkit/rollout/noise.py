@@ -1,0 +1,48 @@
+"""Counter-based sampling noise: one uniform a token, a pure function of where the token stands.
+
+The noise of a response is the same alone or in a batch, in any order, on one process or eight, before or after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer: the step of splitmix64
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+def noise_key(seed: int, step: int, prompt_id: str, index: int) -> int:
+    """The 63-bit key of one response: a hash of run seed, step, prompt and the sample's index among the prompt's."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (key [n] int64, position [n] int64), float64: splitmix64's finaliser (Steele et al. 2014)."""
+    z = keys + (positions + 1) * _GOLDEN  # int64 wraps around, as splitmix64 wants
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    z = z ^ _shift(z, 31)
+    return _shift(z, 11).double() / float(1 << 53)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift right; int64's own shift keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n] by inverse CDF from softmax(logits [n v] / temperature [n]), and their log-probabilities [n] float32, nats."""
+    scaled = logits.float() / temperature[:, None]
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    # Summed in float64: a float32 sum over 50,000 tokens is off by more than the rarest token's share.
+    cumulative = scaled.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, (uniform * total)[:, None], right=True).squeeze(1)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, (chosen.double() - total.log()).float()

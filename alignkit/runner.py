@@ -1,0 +1,65 @@
+"""Runs the stages of a config in order, each once: a finished stage is skipped, an interrupted one goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignkit.config import LoadedConfig, load_config
+from alignkit.errors import RunError
+from alignkit.folder import claim, locked, set_aside
+from alignkit.interrupt import stop_on_signal
+from alignkit.registry import Registry, find_plugins
+from alignkit.tracking import EventLog, Terminal, quiet_libraries
+
+
+def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+    """Run or continue what ``config`` describes; returns the run's folder.
+
+    ``fresh`` moves an earlier run in the folder aside and starts anew. Raises ``AlignkitError`` for what the caller can repair,
+    ``Interrupted`` when a signal stopped it after its state was saved.
+    """
+    # Before torch is imported: idle worker threads that spin take the cores from those that work (measured: 3 to 8 times slower).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    quiet_libraries()
+    registry = find_plugins()
+    loaded = load_config(config, overrides, registry)
+    folder = Path(loaded.run.dir)
+    terminal = Terminal()
+    if fresh and (aside := set_aside(folder)):
+        terminal.say(f"the earlier run was moved to {aside}")
+    with locked(folder):
+        _run(loaded, registry, folder, terminal)
+    return folder
+
+
+def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Terminal) -> None:
+    import torch
+
+    from alignkit.models.causal_lm import pick_device, resolve_precision
+    from alignkit.report import summary_table, write_report
+    from alignkit.stage import StageRunner
+
+    run = loaded.run
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    choices = {"threads": torch.get_num_threads(), "device": str(pick_device()), "auto_precision": resolve_precision("auto")}
+    claim(folder, loaded, registry, choices)
+    events = EventLog(folder / "events.jsonl")
+    trackers = [registry.tracker(chosen.kind).build(chosen.config, folder) for chosen in run.trackers]
+    with stop_on_signal(terminal.say) as stop:
+        stages = StageRunner(run, registry, folder, terminal, events, trackers, stop)
+        try:
+            for stage in run.stages:
+                stages.run(stage)
+                stop.check(f"stage {stage.name} is finished")
+        except RunError as error:
+            events.append("failed", error=str(error))
+            raise
+        finally:
+            for tracker in trackers:
+                tracker.close()
+    report = write_report(folder)
+    terminal.show(summary_table(folder))
+    terminal.say(f"report: {report}")

@@ -1,0 +1,188 @@
+"""One stage: its optimizer's loop with checkpoints, its artifact, and the manifest that says what it was made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.checkpoint import load_checkpoint, save_artifact, save_checkpoint
+from alignkit.config.schema import RunConfig, StageConfig
+from alignkit.context import Context
+from alignkit.data.collate import collate
+from alignkit.data.order import Order
+from alignkit.feed import Feed, read_feed
+from alignkit.files import sha256, write_json
+from alignkit.interfaces import Stateful, Tracker
+from alignkit.interrupt import StopRequest
+from alignkit.loops import After, offline, online
+from alignkit.registry import Registry
+from alignkit.rollout import LocalEngine
+from alignkit.tracking import EventLog, MetricsFile, StageProgress, Terminal
+from alignkit.types import Metrics, Plan, TokenRow
+
+_PROBES = 4
+_HEADLINES = {
+    "demonstrations": ("loss/nll_nats",),
+    "rankings": ("loss/ranking_nats", "reward/accuracy"),
+    "rollouts": ("reward/score_mean", "kl/sequence_nats", "response/length_tokens", "policy/entropy_nats"),
+}
+
+
+class StageRunner:
+    """Runs the stages of one run, and knows where each finished one left its artifact."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        registry: Registry,
+        folder: Path,
+        terminal: Terminal,
+        events: EventLog,
+        trackers: Sequence[Tracker],
+        stop: StopRequest,
+    ) -> None:
+        self._run, self._registry, self._folder = run, registry, folder
+        self._terminal, self._events, self._trackers, self._stop = terminal, events, trackers, stop
+        self._policy = registry.policy(run.policy.kind)
+        self._used: set[str] = set()
+
+    def run(self, stage: StageConfig) -> None:
+        """Do the stage, or say that it is done."""
+        folder = self._folder / stage.name
+        if (folder / "manifest.json").is_file():
+            self._terminal.say(f"{stage.name}: done before")
+            return
+        folder.mkdir(exist_ok=True)
+        self._used.clear()
+        self._events.append("stage started", stage=stage.name)
+        started = time.monotonic()
+        facts = self._evaluate(stage, folder) if stage.evaluate else self._optimize(stage, folder)
+        write_json(folder / "manifest.json", {"stage": stage.name, **facts, "seconds": round(time.monotonic() - started, 1)})
+        # Only now: until the manifest is there, the last checkpoint is what a killed run goes on from.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self._events.append("stage finished", stage=stage.name)
+
+    def artifact(self, stage: str | None) -> Path:
+        """The folder of a finished stage's policy or reward model; None: the run's own model, prepared on first use."""
+        if stage is not None:
+            self._used.add(stage)
+            manifest = json.loads((self._folder / stage / "manifest.json").read_text(encoding="utf-8"))
+            return self._folder / stage / str(manifest["makes"])
+        note = self._folder / "model.json"
+        if not note.is_file():
+            self._terminal.say("reading the model")
+            write_json(note, {"path": str(self._policy.prepare(self._run.policy.config, self._folder / "model"))})
+        return Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+
+    def _evaluate(self, stage: StageConfig, folder: Path) -> dict[str, Any]:
+        assert stage.evaluate is not None
+        self._terminal.say(f"{stage.name}: evaluating")
+        spec = self._registry.evaluator(stage.evaluate.kind)
+        write_json(folder / "evaluation.json", dict(spec.build(stage.evaluate.config, self._context(stage, folder, None)).evaluate()))
+        return {"kind": stage.evaluate.kind, "makes": "evaluation", "parents": self._parents()}
+
+    def _optimize(self, stage: StageConfig, folder: Path) -> dict[str, Any]:
+        assert stage.optimizer is not None
+        spec = self._registry.optimizer(stage.optimizer.kind)
+        codec = self._policy.codec(self._run.policy.config, self.artifact(stage.start))
+        feed = read_feed(self._registry, stage, spec.feed, codec)
+        plan = spec.plan(stage.optimizer.config, len(feed.rows))
+        order = Order(len(feed.rows), self._run.seed, stage.name)
+        context = self._context(stage, folder, plan)
+        optimizer = spec.build(stage.optimizer.config, context)
+        reward = context.build_reward(stage.reward) if stage.reward else None
+
+        parts: dict[str, Stateful] = {"optimizer": optimizer, "order": order}
+        first = self._resume(stage, folder, parts)
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        metrics.cut(first)
+        with self._terminal.stage(stage.name, plan.steps, first, headline=_HEADLINES[spec.feed]) as progress:
+            after = self._after(stage, plan, parts, feed, metrics, progress)
+            if reward is None:
+                offline(optimizer, feed.rows, order, plan, first=first, after=after)
+            else:
+                engine = LocalEngine(self._run.seed)
+                online(optimizer, optimizer.policy, engine, reward, feed.rows, order, plan, first=first, after=after)
+
+        artifact = folder / spec.makes
+        hashes = save_artifact(artifact, optimizer.save)
+        return {
+            "kind": spec.kind,
+            "makes": spec.makes,
+            "steps": plan.steps,
+            "parents": self._parents(),
+            "data": feed.report,
+            "template_hash": codec.template_hash,
+            "files": {name: {"sha256": found.sha256, "bytes": found.bytes} for name, found in hashes.items()},
+            "probes": self._probes(artifact, feed) if spec.makes == "policy" else [],
+        }
+
+    def _resume(self, stage: StageConfig, folder: Path, parts: dict[str, Stateful]) -> int:
+        """Put the newest checkpoint that verifies into ``parts``; returns the number of steps done."""
+        checkpoint = load_checkpoint(folder / "checkpoints", self._terminal.say)
+        if checkpoint is None:
+            return 0
+        for name, part in parts.items():
+            part.load_state(checkpoint.states[name])
+        self._terminal.say(f"{stage.name}: continuing after step {checkpoint.step}")
+        self._events.append("stage continued", stage=stage.name, step=checkpoint.step)
+        return checkpoint.step
+
+    def _after(
+        self, stage: StageConfig, plan: Plan, parts: dict[str, Stateful], feed: Feed, file: MetricsFile, progress: StageProgress
+    ) -> After:
+        """What follows each step: validation and checkpoint when due, the figures to everyone, and a stop if one was asked for."""
+        optimizer: Any = parts["optimizer"]
+        saved = time.monotonic()
+
+        def after(step: int, metrics: Metrics) -> None:
+            nonlocal saved
+            last = step == plan.steps
+            if feed.validation and (last or (stage.validate_every and step % stage.validate_every == 0)):
+                held_out = optimizer.validate(feed.validation)
+                metrics = {**metrics, **{f"validation/{name.replace('/', '_')}": value for name, value in held_out.items()}}
+            file.log(stage.name, step, metrics)
+            for tracker in self._trackers:
+                tracker.log(stage.name, step, metrics)
+            progress.advance(step, metrics)
+            if not last and (self._stop.signal or time.monotonic() - saved > 60.0 * self._run.checkpoint.minutes):
+                states = {name: part.state() for name, part in parts.items()}
+                save_checkpoint(self._folder / stage.name / "checkpoints", step, states, self._run.checkpoint.keep)
+                self._stop.check(f"stage {stage.name} is saved after step {step} of {plan.steps}")
+                saved = time.monotonic()
+
+        return after
+
+    def _context(self, stage: StageConfig, folder: Path, plan: Plan | None) -> Context:
+        config, seed = self._run.policy.config, self._run.seed
+        return Context(
+            seed=seed,
+            folder=folder,
+            registry=self._registry,
+            start=stage.start,
+            reference=stage.reference or stage.start,
+            plan=plan,
+            artifact=self.artifact,
+            load_policy=lambda name, trainable: self._policy.load(config, self.artifact(name), trainable, seed),
+            load_scalar=lambda name, trainable: self._policy.load_scalar(config, self.artifact(name), trainable, seed),
+            say=self._terminal.say,
+        )
+
+    def _parents(self) -> dict[str, str]:
+        """The hash of the manifest of each stage that this one asked for."""
+        return {name: sha256(self._folder / name / "manifest.json") for name in sorted(self._used)}
+
+    def _probes(self, artifact: Path, feed: Feed) -> list[dict[str, Any]]:
+        """A few sequences with their log-probabilities under the saved policy: whoever loads it later can compare."""
+        policy = self._policy.load(self._run.policy.config, artifact, False, self._run.seed)
+        ids = [tuple(row.ids) for row in feed.rows[:_PROBES]]
+        batch = collate([TokenRow(str(i), row, (False,) + (True,) * (len(row) - 1)) for i, row in enumerate(ids)])
+        with torch.no_grad():
+            logprobs = policy.score_tokens(batch).logprobs
+        return [{"ids": list(row), "logprobs": logprobs[i, 1 : len(row)].tolist()} for i, row in enumerate(ids)]

@@ -1,0 +1,33 @@
+"""Scoring with a trained reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from alignkit.api import Sample, Score
+from alignkit.data.collate import collate, length_buckets
+
+if TYPE_CHECKING:
+    from alignkit.models.scalar import ScalarModel
+
+_TOKENS = 8192  # of one forward without gradients
+
+
+class TrainedReward:
+    """Reads messages with the model's own tokenizer and template, so it may differ from the policy's."""
+
+    def __init__(self, model: ScalarModel) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
+        """The scalar at the end-of-response token of each sample. A score that is not finite is no score."""
+        rows = [self._model.codec.sample(sample) for sample in samples]
+        values = [0.0] * len(rows)
+        for bucket in length_buckets([len(row) for row in rows], _TOKENS):
+            for i, value in zip(bucket, self._model.scores(collate([rows[i] for i in bucket])).tolist(), strict=True):
+                values[i] = value
+        return [Score(value) if abs(value) < float("inf") else Score(None, reason="the reward model's score is not finite") for value in values]

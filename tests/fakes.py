@@ -1,0 +1,27 @@
+"""Small stand-ins that behave: tiny policies of three architectures, kept for the session."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from alignkit.models import tiny
+from alignkit.models.causal_lm import CausalPolicy, load
+from alignkit.models.config import Precision, TinyLMConfig, TuningConfig
+
+ARCHITECTURES = ("llama", "gpt2", "qwen2")
+
+
+@functools.cache
+def tiny_folder(architecture: str = "llama", seed: int = 0) -> Path:
+    """A transformers folder of a tiny random model, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="alignkit-tiny-")) / architecture
+    return tiny.prepare(TinyLMConfig(architecture=architecture, hidden_size=32, seed=seed), folder)  # type: ignore[arg-type]
+
+
+def tiny_policy(
+    architecture: str = "llama", *, tuning: TuningConfig | None = None, precision: Precision = "float32", trainable: bool = True
+) -> CausalPolicy:
+    """A fresh tiny policy."""
+    return load(tiny_folder(architecture), tuning=tuning or TuningConfig(), precision=precision, trainable=trainable, seed=0)

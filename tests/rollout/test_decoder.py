@@ -1,0 +1,106 @@
+import random
+
+import pytest
+import torch
+
+from alignkit.models.causal_lm import CausalPolicy
+from alignkit.rollout.decoder import Decoder, Event, Request
+from alignkit.rollout.engine import LocalEngine
+from alignkit.rollout.noise import noise_key
+from alignkit.types import Message, Prompt, PromptRow, Sampling
+from tests.fakes import ARCHITECTURES, tiny_policy
+
+TEXTS = ["a", "the film was", "What do you think?", "longer prompts are prefilled beside shorter ones", "xyz"]
+
+
+def request(policy: CausalPolicy, i: int, length: int = 12, temperature: float = 1.0) -> Request:
+    ids = policy.codec.prompt(Prompt(str(i), (Message("user", TEXTS[i % len(TEXTS)]),), plain=True))
+    return Request(ids, length, temperature, policy.codec.stop_ids, noise_key(7, 0, str(i), 0))
+
+
+def drain(decoder: Decoder) -> dict[int, list[Event]]:
+    events: dict[int, list[Event]] = {}
+    while decoder.busy:
+        for event in decoder.step():
+            events.setdefault(event.request, []).append(event)
+    return events
+
+
+def alone(policy: CausalPolicy, asked: Request) -> list[Event]:
+    decoder = Decoder(policy.module, max_rows=1)
+    number = decoder.add(asked)
+    return drain(decoder)[number]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampler_and_training_forward_agree_on_logprobs(architecture: str, temperature: float) -> None:
+    policy = tiny_policy(architecture)
+    prompts = [PromptRow(Prompt(str(i), (Message("user", text),), plain=True), policy.codec.prompt(Prompt(str(i), (Message("user", text),), plain=True)))
+               for i, text in enumerate(TEXTS)]  # fmt: skip
+    rollout = LocalEngine(0).rollout(policy, prompts, Sampling(max_new_tokens=16, temperature=temperature), samples_per_prompt=3, step=0)
+    with torch.no_grad():
+        trained = policy.score_tokens(rollout.batch, temperature=temperature).logprobs
+    assert rollout.exact
+    assert torch.allclose(rollout.logprobs, trained, atol=1e-4)
+    assert (rollout.logprobs[rollout.batch.loss_mask] < 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_response_is_the_same_alone_and_in_a_crowd_that_comes_and_goes(architecture: str) -> None:
+    policy = tiny_policy(architecture)
+    asked = [request(policy, i, length=3 + 5 * (i % 4)) for i in range(12)]
+    expected = [[(e.token, e.finished) for e in alone(policy, one)] for one in asked]
+
+    decoder, order = Decoder(policy.module, max_rows=5), random.Random(1)
+    numbers: dict[int, int] = {}
+    drawn: dict[int, list[Event]] = {}
+    waiting = list(range(len(asked)))
+    order.shuffle(waiting)
+    cancelled = {3, 8}
+    while waiting or decoder.busy:
+        for i in [waiting.pop() for _ in range(min(len(waiting), order.randrange(3)))]:
+            numbers[decoder.add(asked[i])] = i
+        for event in decoder.step():
+            drawn.setdefault(numbers[event.request], []).append(event)
+        for number, i in numbers.items():
+            if i in cancelled and len(drawn.get(i, ())) >= 2:
+                decoder.cancel(number)
+    for i, want in enumerate(expected):
+        got = [(e.token, e.finished) for e in drawn[i]]
+        assert got == want[: len(got)]
+        assert len(got) == len(want) or i in cancelled
+
+
+def test_each_row_obeys_its_own_length_temperature_and_stop_ids() -> None:
+    policy = tiny_policy("llama")
+    base = request(policy, 1, length=20)
+    endless = Request(base.ids, 20, 1.0, (), base.noise_key)
+    stop = alone(policy, endless)[4].token
+    decoder = Decoder(policy.module, max_rows=8)
+    short = decoder.add(Request(base.ids, 2, 1.0, (), base.noise_key))
+    stopped = decoder.add(Request(base.ids, 20, 1.0, (stop,), base.noise_key))
+    cold = decoder.add(Request(base.ids, 6, 1e-4, (), base.noise_key))
+    events = drain(decoder)
+    assert len(events[short]) == 2
+    assert events[short][-1].finished == "length"
+    assert events[stopped][-1].token == stop
+    assert events[stopped][-1].finished == "stop"
+    ids = list(base.ids)
+    for event in events[cold]:
+        with torch.no_grad():
+            assert event.token == int(policy.module(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(event.token)
+
+
+def test_samples_of_one_prompt_differ_and_a_step_done_again_is_the_same() -> None:
+    policy = tiny_policy("llama")
+    prompt = Prompt("p", (Message("user", "hello"),), plain=True)
+    rows = [PromptRow(prompt, policy.codec.prompt(prompt))]
+    draw = lambda step: LocalEngine(5).rollout(policy, rows, Sampling(8), samples_per_prompt=4, step=step)  # noqa: E731
+    first, again, later = draw(0), draw(0), draw(1)
+    assert torch.equal(first.batch.ids, again.batch.ids)
+    assert torch.equal(first.logprobs, again.logprobs)
+    assert not torch.equal(first.batch.ids, later.batch.ids)
+    assert len({sample.response for sample in first.samples}) > 1
+    assert [sample.index for sample in first.samples] == [0, 1, 2, 3]
