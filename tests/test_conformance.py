@@ -116,11 +116,11 @@ def kit_of(source: Any) -> RewardSourceConformance:
 @pytest.mark.parametrize(
     ("score", "test", "message"),
     [
-        (lambda samples: [Score(1.0)] * (len(samples) - 1), "test_each_sample_has_one_score", "=="),
+        (lambda samples: [Score(1.0)] * (len(samples) - 1), "test_each_sample_has_one_score", "9 scores for 10 samples"),
         (lambda samples: [1.0 for _ in samples], "test_each_sample_has_one_score", "is not a Score"),
         (lambda samples: [Score(None) for _ in samples], "test_each_sample_has_one_score", "no reason"),
         (lambda samples: [Score(math.nan) for _ in samples], "test_each_sample_has_one_score", "nan for"),
-        (lambda samples: [Score(0.0)], "test_nothing_in_nothing_out", "=="),
+        (lambda samples: [Score(0.0)], "test_nothing_in_nothing_out", "for no samples"),
         (lambda samples: [Score(float(len(samples))) for _ in samples], "test_a_score_does_not_depend_on_the_batch", "among others"),
         (lambda samples: [Score(float(samples[0].response == "")) for _ in samples], "test_a_score_does_not_depend_on_the_batch", "alone"),
     ],
@@ -160,7 +160,7 @@ def test_rows_in_another_order_are_caught() -> None:
 
     kit = TestListSource()
     kit.spec = DataSpec(kind="zeta_list", summary="", config=CountConfig, build=lambda config: Shuffled())
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="asked again"):
         kit.test_rows_are_the_same_every_time()
 
 

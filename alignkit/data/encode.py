@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from alignkit.data.codec import TemplateCodec
 from alignkit.errors import DataError
+from alignkit.interfaces import Codec
 from alignkit.types import Demonstration, Overlong, Prompt, PromptRow, RankedRows, Ranking, TokenRow
 
 Record = TypeVar("Record", contravariant=True)
@@ -68,7 +69,7 @@ def encode_rankings(codec: TemplateCodec, records: Sequence[Ranking], *, max_len
     return _encode(records, codec.ranked, _cut_prompts, _longest, max_length, overlong, "ranking")
 
 
-def encode_prompts(codec: TemplateCodec, records: Sequence[Prompt], *, max_length: int, overlong: Overlong) -> Encoded[PromptRow]:
+def encode_prompts(codec: Codec, records: Sequence[Prompt], *, max_length: int, overlong: Overlong) -> Encoded[PromptRow]:
     """Too long: the beginning is cut."""
 
     def row(prompt: Prompt) -> PromptRow:

@@ -49,7 +49,8 @@ class _Rows:
 
 def _jsonl(path: str) -> Iterator[Row]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); JSON lines are") from error
     except OSError as error:

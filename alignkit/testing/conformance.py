@@ -37,7 +37,8 @@ class Conformance:
 
     def test_the_kind_is_found(self) -> None:
         """The entry point leads to the declaration: fails until the package is installed (``pip install --editable .``)."""
-        assert self.registry().spec(self.interface, self.spec.kind).config is self.spec.config
+        found = self.registry().spec(self.interface, self.spec.kind)
+        assert found.config is self.spec.config, f"the kind {self.spec.kind} is another package's: its config is {found.config}"
 
     def test_the_declaration_is_light(self) -> None:
         """The modules of the config and of ``build`` import nothing heavy, so that help, ``check`` and ``plugins`` are instant."""
@@ -46,7 +47,8 @@ class Conformance:
 
     def test_the_config_survives_a_config_file(self) -> None:
         """Written as YAML and read again, it is the same dataclass with the same values."""
-        assert parsed(self.interface, self.spec.kind, plain(self.config), self.registry()) == self.config
+        again = parsed(self.interface, self.spec.kind, plain(self.config), self.registry())
+        assert again == self.config, f"{self.config} became {again}"
 
     def test_mistakes_in_the_config_are_refused_with_a_message(self) -> None:
         """An unknown key, and everything in ``wrong``, is an ``AlignkitError`` and not an exception of another kind."""
@@ -71,7 +73,7 @@ class RewardSourceConformance(Conformance):
     def test_each_sample_has_one_score(self, tmp_path: Path) -> None:
         """As many as there are samples, each a finite number, or None with a reason."""
         scores = self.build(tmp_path).score(self.samples)
-        assert len(scores) == len(self.samples)
+        assert len(scores) == len(self.samples), f"{len(scores)} scores for {len(self.samples)} samples"
         for sample, score in zip(self.samples, scores, strict=True):
             assert isinstance(score, Score), f"{score!r} is not a Score"
             if score.value is None:
@@ -82,7 +84,8 @@ class RewardSourceConformance(Conformance):
 
     def test_nothing_in_nothing_out(self, tmp_path: Path) -> None:
         """No samples, no scores."""
-        assert list(self.build(tmp_path).score([])) == []
+        scores = list(self.build(tmp_path).score([]))
+        assert scores == [], f"{scores} for no samples"
 
     def test_a_score_does_not_depend_on_the_batch(self, tmp_path: Path) -> None:
         """The same sample scores the same alone, among others, and in another order."""
@@ -138,8 +141,8 @@ class DataSourceConformance(Conformance):
         """Asked again, and built again: a run that continues must find the rows where they were."""
         source = self.build()
         rows = list(source.rows())
-        assert list(source.rows()) == rows
-        assert list(self.build().rows()) == rows
+        assert list(source.rows()) == rows, "asked again, the source has other rows, or the same in another order"
+        assert list(self.build().rows()) == rows, "built again, the source has other rows, or the same in another order"
 
 
 def assert_plain_values(state: State) -> None:

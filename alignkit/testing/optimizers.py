@@ -49,10 +49,8 @@ class OptimizerConformance(Conformance):
         """Steps and rows are positive, and an optimizer that learns from rollouts says how they are drawn."""
         for rows in (1, 7, 1000):
             plan = self.spec.plan(self.config, rows)
-            assert plan.steps > 0
-            assert plan.rows > 0
-            assert plan.samples_per_prompt > 0
-            assert (plan.sampling is not None) == (self.spec.feed == "rollouts")
+            assert min(plan.steps, plan.rows, plan.samples_per_prompt) > 0, f"{plan} for {rows} rows"
+            assert (plan.sampling is not None) == (self.spec.feed == "rollouts"), f"fed with {self.spec.feed}, sampling {plan.sampling}"
 
     def test_the_plan_is_made_without_torch(self) -> None:
         """``alignkit check`` shows the plan in an instant."""
@@ -80,9 +78,12 @@ class OptimizerConformance(Conformance):
 
         resumed, _ = self.build(tmp_path)
         resumed.load_state(saved)
-        assert _difference(saved, resumed.state()) == "", "state() after load_state(saved) is not what was saved"
-        assert [_timeless(resumed.update(batch)) for batch in rest] == expected
-        assert _difference(straight.state(), resumed.state()) == ""
+        difference = _difference(saved, resumed.state())
+        assert not difference, f"state() after load_state(saved) is not what was saved: {difference}"
+        metrics = [_timeless(resumed.update(batch)) for batch in rest]
+        assert metrics == expected, f"the metrics were {expected}, and after loading {metrics}"
+        difference = _difference(straight.state(), resumed.state())
+        assert not difference, f"two updates after loading lead elsewhere: {difference}"
 
     def test_validation_measures_and_changes_nothing(self, tmp_path: Path) -> None:
         """For an optimizer fed with data; one that learns from rollouts has no ``validate``."""
@@ -92,7 +93,7 @@ class OptimizerConformance(Conformance):
         before = _copy(optimizer.state())
         metrics = optimizer.validate(self.batches(context)[0])
         assert all(math.isfinite(value) for value in metrics.values()), metrics
-        assert _difference(before, optimizer.state()) == "", "validate changed the state"
+        assert not _difference(before, optimizer.state()), "validate changed the state"
 
     def test_the_artifact_is_written_as_safetensors(self, tmp_path: Path) -> None:
         """``save`` writes a folder that holds weights and a model's config, and nothing pickled."""
@@ -101,8 +102,8 @@ class OptimizerConformance(Conformance):
         optimizer.save(target)
         names = {path.name for path in target.rglob("*") if path.is_file()}
         assert any(name.endswith(".safetensors") for name in names), names
-        assert "config.json" in names
-        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+        assert "config.json" in names, names
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))], names
 
 
 def example_batch(feed: Feed, policy: Policy, number: int = 0) -> Any:

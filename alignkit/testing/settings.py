@@ -9,7 +9,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from alignkit.errors import AlignkitError
-from alignkit.interfaces import DataSource, DataSpec, Evaluator, Feed, Optimizer, OptimizerSpec, Policy, RewardSource, RewardSpec, Spec, Tracker
+from alignkit.interfaces import (
+    DataSource,
+    DataSpec,
+    Evaluator,
+    Feed,
+    Optimizer,
+    OptimizerSpec,
+    Policy,
+    RewardSource,
+    RewardSpec,
+    Spec,
+    Tracker,
+)
 from alignkit.registry import PluginInfo, Registry
 from alignkit.settings import Component
 from alignkit.testing.fakes import CountingReward, ListSource
