@@ -155,7 +155,7 @@ def quickstart(folder: Path) -> None:
     """Write the quickstart's config and fetch its data and model."""
     from alignkit.quickstart import init as write_quickstart
 
-    write_quickstart(folder)
+    click.echo(f"next: alignkit run {write_quickstart(folder)}")
 
 
 @cli.command()

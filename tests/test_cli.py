@@ -92,6 +92,24 @@ def test_run_passes_overrides_and_fresh(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [(Path("config.yaml"), ("seed=3", "ppo.optimizer.kl.coef=0.1"), True), (Path("config.yaml"), (), False)]
 
 
+def test_init_says_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "alignkit.quickstart", SimpleNamespace(init=lambda folder: folder / "quickstart.yaml"))
+    assert invoke("init", "quickstart", "--dir", "demo").output == "next: alignkit run demo/quickstart.yaml\n"
+
+
+def test_report_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "alignkit.report", SimpleNamespace(write_report=lambda run: run / "report.html"))
+    assert invoke("report", "runs/demo").output == "wrote runs/demo/report.html\n"
+
+
+def test_preview_shows_rows_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preview(loaded: Any, registry: Any, stage: str, rows: int) -> str:
+        return f"{rows} rows of {stage} of {loaded.run.name}"
+
+    monkeypatch.setitem(sys.modules, "alignkit.data.preview", SimpleNamespace(preview=preview))
+    assert invoke("data", "preview", str(ROOT / "configs" / "smoke.yaml"), "sft", "--rows", "2").output == "2 rows of sft of smoke\n"
+
+
 def test_a_mistake_is_told_on_stderr_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     result = raising(monkeypatch, ConfigError(["a.yaml:1:2: seed is -1", "a.yaml:3:4: steps is 0"]))
     assert result.exit_code == 2
@@ -158,8 +176,8 @@ def test_check_tells_a_wrong_key(tmp_path: Path) -> None:
     config.write_text("name: x\npolicy: {kind: tiny_lm}\nstages: []\nsede: 3\n")
     result = invoke("check", str(config))
     assert result.exit_code == 2
-    assert "wrong.yaml:4:1" in result.stderr
-    assert "seed" in result.stderr
+    assert "wrong.yaml:4:" in result.stderr
+    assert 'did you mean "seed"?' in result.stderr
 
 
 def test_a_missing_config_is_a_mistake_and_not_a_bug() -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alignkit_ppo import CriticConfig, PPOConfig
+from alignkit_ppo import register_optimizers as ppo
+from alignkit_reward_model import RewardModelConfig, TrainedRewardConfig, register_rewards
+from alignkit_reward_model import register_optimizers as reward_model
 from alignkit_sft import SFTConfig
 from alignkit_sft import register_optimizers as sft
 
 from alignkit import builtin
-from alignkit.api import DataSpec, RewardSpec, Row, Sample, Score, State, hookimpl, setting
+from alignkit.api import DataSpec, RewardSpec, Row, Sample, Score, StageName, State, hookimpl, setting
 from alignkit.registry import Registry
 from alignkit.testing import (
     CountingReward,
@@ -83,6 +87,31 @@ class TestSFT(OptimizerConformance):
     wrong = ({"epochs": 0}, {"learning_rate": -1.0})
 
 
+class TestRewardModel(OptimizerConformance):
+    """Fed with rankings."""
+
+    spec = reward_model()[0]
+    config = RewardModelConfig(batch=4)
+
+
+class TestPPO(OptimizerConformance):
+    """Fed with rollouts."""
+
+    spec = ppo()[0]
+    config = PPOConfig(iterations=3, prompts=4, minibatches=2, max_new_tokens=8, critic=CriticConfig(init=StageName("reward")))
+    earlier = ("reward",)
+    wrong = ({"minibatches": 5}, {"clip": 1.0})
+
+
+class TestTrainedReward(RewardSourceConformance):
+    """A source that reads another stage's model."""
+
+    spec = register_rewards()[0]
+    config = TrainedRewardConfig(stage=StageName("reward"))
+    earlier = ("reward",)
+    wrong = ({"stage": "reword"},)
+
+
 class Faulty:
     """A reward source made of one function."""
 
@@ -144,7 +173,7 @@ def test_a_missing_entry_point_is_caught() -> None:
 
 
 def test_a_setting_that_should_have_been_refused_is_caught() -> None:
-    kit = TestCountingReward()
+    kit: RewardSourceConformance = TestCountingReward()
     kit.wrong = ({"limit": 5},)
     with pytest.raises(AssertionError, match="'limit': 5} was accepted"):
         kit.test_mistakes_in_the_config_are_refused_with_a_message()

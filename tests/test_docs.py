@@ -74,6 +74,7 @@ def test_the_guide_to_plugins_ends_with_a_plugin_that_works(tmp_path: Path) -> N
     assert set(written) == {"acme_politeness/__init__.py", "tests/test_acme_politeness.py", "polite.yaml"}
     for place, code in written.items():
         (package / place).write_text(code, encoding="utf-8")
+    (package / "prompts.jsonl").write_text('{"prompt": "Ask me for a pen."}\n', encoding="utf-8")
     environment = make_environment(tmp_path / "venv", with_checkout=True)
     environment.install(package)
     assert "9 passed" in environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", package, cwd=package).stdout

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from alignkit.api import DataSource, DataSpec, RewardSource, RewardSpec, hookimpl
-from alignkit.errors import PluginError
+from alignkit.config import load_config
+from alignkit.errors import ConfigError, PluginError
 from alignkit.listing import describe_plugins
 from alignkit.registry import PluginFailure, Registry, declared_specs, find_plugins
 
@@ -107,6 +108,16 @@ def test_a_kind_of_two_packages_belongs_to_neither(install: Install) -> None:
     assert clash.package == "zeta-one, zeta-two"
     with pytest.raises(PluginError, match=r'"zeta_twice" is declared by zeta-one 1\.0 .* and zeta-two 1\.0 .*; uninstall all but one'):
         registry.reward("zeta_twice")
+
+
+def test_a_config_that_uses_a_clashing_kind_is_refused_with_both_packages(install: Install, tmp_path: Path) -> None:
+    for package in ("zeta-one", "zeta-two"):
+        install(package, "@hookimpl\ndef register_trackers():\n    from alignkit.api import TrackerSpec\n"
+                "    return [TrackerSpec(kind='zeta_twice', summary='', config=Config, build=print)]\n")  # fmt: skip
+    config = tmp_path / "clash.yaml"
+    config.write_text("name: x\npolicy: {kind: tiny_lm}\nstages: []\ntrackers: [{kind: zeta_twice}]\n")
+    with pytest.raises(ConfigError, match=r"clash\.yaml:4:.*zeta-one 1\.0 .* and zeta-two 1\.0"):
+        load_config(config, (), find_plugins())
 
 
 def test_the_core_does_not_win_against_a_package_that_takes_its_kind(install: Install) -> None:

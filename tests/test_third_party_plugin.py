@@ -74,7 +74,6 @@ def test_a_config_that_uses_the_broken_plugin_is_told_why(environment: Environme
     config = write_config(tmp_path, "{kind: acme_broken}")
     done = environment.alignkit("check", config, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "acme-broken" in done.stderr
     assert "module_that_acme_forgot_to_require" in done.stderr
     assert "Traceback" not in done.stderr
 

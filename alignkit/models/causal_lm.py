@@ -50,6 +50,8 @@ class CausalPolicy:
         vocabulary only where a token is scored.
         """
         ids, loss_mask = batch.ids.to(self.device), batch.loss_mask.to(self.device)
+        # Nothing comes before a row's first token, so it has no probability; a mask that counts it is a mask that does not.
+        loss_mask = loss_mask & (torch.arange(loss_mask.shape[1], device=loss_mask.device) > 0)
         with autocast(self._precision, self.device):
             hidden = hidden_states(self._model, ids)
             head = self._model.get_output_embeddings()

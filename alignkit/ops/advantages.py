@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from alignkit.ops.kl import k1
+from alignkit.ops.masked import last_true
 
 
-def last_true(mask: Tensor) -> Tensor:
-    """Column [b] of the last True cell of each row of ``mask`` [b t]; 0 for a row without one."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, columns, 0).amax(dim=1)
+def penalize_missing_eos(scores: Tensor, finished: Tensor, *, penalty: float) -> Tensor:
+    """``scores`` [b] less ``penalty`` where ``finished`` [b] is False: the response was cut off at its length limit.
+
+    Subtracted, not put in the score's place as lm-human-preferences does: that would reward cutting off a response worse than it.
+    """
+    return torch.where(finished, scores, scores - penalty)
 
 
 def kl_penalized_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, *, coef: float) -> Tensor:
@@ -20,18 +23,16 @@ def kl_penalized_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, ma
     The score stands on the response's own last token, not one past it. A row without a True token gets no reward at all.
     """
     rewards = -coef * k1(logprobs, reference, mask)
-    rows = torch.arange(mask.shape[0], device=mask.device)
-    at = last_true(mask)
-    final = torch.zeros_like(rewards)
-    final[rows, at] = scores.to(rewards.dtype)
-    return rewards + torch.where(mask, final, 0.0)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    is_last = mask & (columns == last_true(mask)[:, None])
+    return rewards + torch.where(is_last, scores[:, None].to(rewards.dtype), 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns [b t] of each row's response tokens (Schulman et al. 2016, eq. 16); 0 where ``mask`` is False.
 
-    ``values[b, t]`` is the value before token t; after the last True token the value is 0. The response may stand anywhere in its row.
-    Returns are advantages + values, from advantages that are not whitened.
+    ``values[b, t]`` is the value before token t; after the last True token the value is 0. The response may stand anywhere in its row,
+    in one piece. Returns are advantages + values, from advantages that are not whitened.
     """
     values = torch.where(mask, values, 0.0)
     rewards = torch.where(mask, rewards, 0.0)

@@ -1,4 +1,7 @@
-"""Kullback-Leibler divergence between policy and reference: estimators of each token, and the adaptive penalty's controller."""
+"""Kullback-Leibler divergence between policy and reference: estimators of each token, and the adaptive penalty's controller.
+
+``logprobs`` are log p of the distribution that the tokens were drawn from, ``reference`` is log q of the same tokens; both [b t], nats.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """log p - log q at each token [b t], nats; unbiased, may be negative (Schulman, "Approximating KL divergence")."""
+    """log p - log q at each token [b t]: unbiased, may be negative (Schulman, "Approximating KL divergence"); 0 where masked.
+
+    In the reward its gradient is that of KL(policy || reference); as a loss it has none on average.
+    """
     return torch.where(mask, logprobs - reference, 0.0)
 
 
@@ -17,14 +23,19 @@ def k2(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """q/p - 1 - log(q/p) at each token [b t]: unbiased and never negative; for logging."""
+    """q/p - 1 - log(q/p) at each token [b t]: unbiased and never negative; for logging.
+
+    As a loss its gradient is that of the other direction, KL(reference || policy).
+    """
     difference = k1(logprobs, reference, mask)
-    return (-difference).exp() - 1.0 + difference
+    # expm1 keeps the digits that exp - 1 loses where the two distributions are close, which is where KL is read.
+    return torch.expm1(-difference) + difference
 
 
 def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """The sum of ``k1`` over each response [b], nats."""
-    return k1(logprobs, reference, mask).sum(dim=1)
+    # cumsum adds from left to right, so that more padding on the right cannot change even the order of rounding.
+    return k1(logprobs, reference, mask).cumsum(dim=1)[:, -1]
 
 
 def adaptive_kl_coef(coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:

@@ -1,20 +1,20 @@
-"""Log-probabilities of given tokens, in float32 whatever the model computes in."""
+"""Log-probabilities of given tokens, in float32 whatever the model computes in (float64 stays float64)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Rows of logits that exist at once: 1024 rows of a 50,000-token vocabulary are 200 MB in float32.
-_CHUNK = 1024
+# Logits that exist at once: 64 MB of them in float32, whatever the vocabulary.
+_CHUNK = 1 << 24
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits [... v] / temperature) at ``tokens`` [...], nats; at least float32."""
-    scaled = _wide(logits) / temperature
-    return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(dim=-1)
+    """log softmax(logits [... v] / temperature) at ``tokens`` [...], nats."""
+    return torch.log_softmax(_wide(logits) / temperature, dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -30,7 +30,7 @@ def selective_logprobs(
 
     Logits are made a few rows at a time, forward and backward, and never kept: that is what an ordinary head spends its memory on.
     """
-    logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature)
+    logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
 
@@ -39,21 +39,29 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Selective(torch.autograd.Function):
-    """Recomputes each chunk's logits in the backward pass, where softmax - one-hot is their gradient."""
+    """The gradient of a log-probability to its logits is one-hot - softmax, over the temperature.
+
+    A trained head needs it again in the backward pass, from logits that are made again. A frozen head needs it only to reach the hidden
+    states, where it is known but for a factor of each row; so it is taken there at once, and the backward pass multiplies.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        wants_hidden, *wants_head = ctx.needs_input_grad[:3]
+        slopes = torch.empty_like(hidden) if wants_hidden and not any(wants_head) else None
         logprobs = torch.empty(tokens.shape, dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         entropies = torch.empty_like(logprobs)
-        for rows in torch.arange(len(tokens), device=hidden.device).split(_CHUNK):
+        for rows in _chunks(len(tokens), len(weight)):
             scaled = _logits(hidden[rows], weight, bias, temperature)
-            total = scaled.logsumexp(dim=-1)
-            logprobs[rows] = scaled.gather(1, tokens[rows, None]).squeeze(1) - total
-            # H = log Z - E[logit]: one pass over the vocabulary, and no tensor of log-probabilities.
-            entropies[rows] = total - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, tokens)
+            mass = scaled.exp()
+            total = mass.sum(dim=-1)
+            logprobs[rows] = scaled.gather(1, tokens[rows, None]).squeeze(1) - total.log()
+            # H = log Z - E[logit]: no tensor of log-probabilities.
+            entropies[rows] = total.log() - scaled.mul_(mass).sum(dim=-1) / total
+            if slopes is not None:
+                slope = _slope(mass.div_(total[:, None]), tokens[rows])
+                slopes[rows] = _project(slope, weight, hidden.dtype) / temperature
+        ctx.save_for_backward(hidden, weight, bias, tokens, slopes)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
         ctx.autocast = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
@@ -61,18 +69,19 @@ class _Selective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens = ctx.saved_tensors
+        hidden, weight, bias, tokens, slopes = ctx.saved_tensors
+        if slopes is not None:
+            return (slopes * grads[0][:, None]).to(hidden.dtype), None, None, None, None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
         with torch.autocast(hidden.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            for rows in torch.arange(len(tokens), device=hidden.device).split(_CHUNK):
-                grad = torch.softmax(_logits(hidden[rows], weight, bias, ctx.temperature), dim=-1).neg_()
-                grad[torch.arange(len(rows)), tokens[rows]] += 1.0
-                grad *= grads[0][rows, None] / ctx.temperature
+            for rows in _chunks(len(tokens), len(weight)):
+                softmax = torch.softmax(_logits(hidden[rows], weight, bias, ctx.temperature), dim=-1)
+                grad = _slope(softmax, tokens[rows]).mul_(grads[0][rows, None] / ctx.temperature)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad.to(hidden.dtype) @ weight.to(hidden.dtype)).to(hidden.dtype)
+                    grad_hidden[rows] = _project(grad, weight, hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += (grad.to(hidden.dtype).T @ hidden[rows]).to(weight.dtype)
                 if grad_bias is not None:
@@ -80,5 +89,22 @@ class _Selective(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    size = max(_CHUNK // vocabulary, 1)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    return _wide(torch.nn.functional.linear(hidden, weight, bias)) / temperature
+    """Logits / temperature, each row less its largest: so small log-probabilities keep their digits."""
+    scaled = _wide(torch.nn.functional.linear(hidden, weight, bias)) / temperature
+    return scaled.sub_(scaled.amax(dim=-1, keepdim=True))
+
+
+def _slope(softmax: Tensor, tokens: Tensor) -> Tensor:
+    """One-hot - softmax [n v], written over ``softmax``: how the tokens' log-probabilities change with their scaled logits."""
+    return softmax.neg_().scatter_add_(1, tokens[:, None], torch.ones_like(softmax[:, :1]))
+
+
+def _project(slope: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """From logits [n v] back to hidden states [n d]."""
+    return (slope.to(dtype) @ weight.to(dtype)).to(dtype)

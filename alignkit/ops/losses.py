@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignkit.ops.advantages import last_true
-from alignkit.ops.masked import masked_sum
+from alignkit.ops.masked import last_true, masked_sum
 
 
 def nll_loss(logprobs: Tensor, mask: Tensor, *, tokens_in_step: float) -> Tensor:
@@ -19,11 +18,27 @@ def clipped_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float, tokens_in_minibatch: float
 ) -> Tensor:
     """PPO's clipped surrogate, summed over True cells of ``mask`` [b t] and divided by ``tokens_in_minibatch`` (Schulman 2017, eq. 7)."""
+    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip)
+    return masked_sum(torch.maximum(plain, clipped), mask) / max(tokens_in_minibatch, 1)
+
+
+def clipped_share(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float, tokens_in_minibatch: float
+) -> Tensor:
+    """Tokens that clipping robs of their gradient, over ``tokens_in_minibatch``: they had moved far enough in the wanted direction.
+
+    Not the tokens whose ratio is out of bounds: those on the wrong side keep their gradient.
+    """
+    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip)
+    return masked_sum((clipped > plain).to(plain.dtype), mask) / max(tokens_in_minibatch, 1)
+
+
+def _surrogates(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Each token's loss [b t], with the ratio as it is and with the ratio clipped."""
     # Masked before exp: infinity times 0 would be NaN.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
-    advantages = torch.where(mask, advantages, 0.0)
-    pessimistic = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip))
-    return masked_sum(pessimistic, mask) / max(tokens_in_minibatch, 1)
+    gain = torch.where(mask, advantages, 0.0)
+    return -gain * ratio, -gain * ratio.clamp(1.0 - clip, 1.0 + clip)
 
 
 def clipped_value_loss(
@@ -58,11 +73,14 @@ def kwise_loss(
 ) -> Tensor:
     """The ranking loss of each prompt [n]: the mean over its pairs of -log sigmoid(better - worse - margin) (Ouyang et al. 2022, eq. 1).
 
-    ``rewards`` [n k], ``ranks`` [n k] (1 best, equal is a tie, 0 is no response). Tied pairs are left out; a prompt without a pair
-    has loss 0. ``margin`` [n] in units of reward. ``preference`` [n], NaN where there is none: the probability that the better-ranked
+    ``rewards`` [n k], ``ranks`` [n k] (1 best, equal is a tie, 0 is no response). Tied pairs are left out, and the mean is over the pairs
+    that remain; a prompt without a pair has loss 0. With two responses this is the pairwise loss (Bradley and Terry 1952).
+    ``margin`` [n] in units of reward (Llama 2). ``preference`` [n], NaN where there is none: the probability that the better-ranked
     of two is the better one (soft label). ``center``: weight of the mean squared sum of a pair's rewards (arXiv:2312.09244).
     """
     pairs = better_pairs(ranks)
+    # An absent response may hold anything, and must not reach the gradient of those that are there.
+    rewards = torch.where(ranks > 0, rewards, 0.0)
     gap = rewards[:, :, None] - rewards[:, None, :]
     wide = torch.as_tensor(margin, dtype=rewards.dtype, device=rewards.device).reshape(-1, 1, 1)
     loss = -F.logsigmoid(gap - wide)

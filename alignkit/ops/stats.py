@@ -10,7 +10,10 @@ from alignkit.ops.masked import masked_mean
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the True cells: 1 is perfect, 0 is no better than a constant; 0 if returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over the True cells: 1 is perfect, 0 is no better than a constant.
+
+    Centred, so that values which are all off by the same amount lose nothing by it; 0 if the returns do not vary.
+    """
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

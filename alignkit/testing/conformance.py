@@ -23,13 +23,14 @@ class Conformance:
     """What every plugin must do.
 
     ``config`` is an instance of the spec's dataclass that can be built. ``wrong`` are settings that must be refused, each laid over
-    ``config``: ``{"target_words": 0}``.
+    ``config``: ``{"target_words": 0}``. ``earlier`` are the names of the stages that ``config`` refers to.
     """
 
     interface: ClassVar[type]
     spec: Spec
     config: Any
     wrong: Sequence[Mapping[str, Any]] = ()
+    earlier: Sequence[str] = ()
 
     def registry(self) -> Registry:
         """Where kinds are looked up: what is installed, your package included."""
@@ -47,13 +48,13 @@ class Conformance:
 
     def test_the_config_survives_a_config_file(self) -> None:
         """Written as YAML and read again, it is the same dataclass with the same values."""
-        again = parsed(self.interface, self.spec.kind, plain(self.config), self.registry())
+        again = parsed(self.interface, self.spec.kind, plain(self.config), self.registry(), self.earlier)
         assert again == self.config, f"{self.config} became {again}"
 
     def test_mistakes_in_the_config_are_refused_with_a_message(self) -> None:
         """An unknown key, and everything in ``wrong``, is an ``AlignkitError`` and not an exception of another kind."""
         for settings in ({"no_such_key": 1}, *self.wrong):
-            message = refusal(self.interface, self.spec.kind, {**plain(self.config), **settings}, self.registry())
+            message = refusal(self.interface, self.spec.kind, {**plain(self.config), **settings}, self.registry(), self.earlier)
             assert message is not None, f"{settings} was accepted"
             assert any(key in message for key in settings), f"the message names none of {', '.join(settings)}: {message}"
 

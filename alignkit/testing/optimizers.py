@@ -21,9 +21,9 @@ import json, sys
 from alignkit.interfaces import Optimizer
 from alignkit.registry import find_plugins
 from alignkit.testing.settings import parsed
-kind, settings = sys.argv[1], json.loads(sys.argv[2])
+kind, settings, earlier = json.loads(sys.argv[1])
 registry = find_plugins()
-registry.optimizer(kind).plan(parsed(Optimizer, kind, settings, registry), 100)
+registry.optimizer(kind).plan(parsed(Optimizer, kind, settings, registry, earlier), 100)
 heavy = sorted(set({HEAVY!r}) & set(sys.modules))
 if heavy: sys.exit("plan imports " + ", ".join(heavy) + "; `alignkit check` calls it and must stay fast")
 """
@@ -54,7 +54,7 @@ class OptimizerConformance(Conformance):
 
     def test_the_plan_is_made_without_torch(self) -> None:
         """``alignkit check`` shows the plan in an instant."""
-        run_fresh(_PLAN, self.spec.kind, json.dumps(plain(self.config)))
+        run_fresh(_PLAN, json.dumps([self.spec.kind, plain(self.config), list(self.earlier)]))
 
     def test_an_update_learns_and_says_so_in_finite_figures(self, tmp_path: Path) -> None:
         """Metrics are named ``area/name`` and finite, and the state has changed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,9 @@ from alignkit.types import Plan, Sampling
 FILLER = "conformance_filler"
 """The kind of the parts around the one that is looked at."""
 
+_DATA_STAGE = {"optimizer": {"kind": f"{FILLER}_demonstrations"}, "data": {"kind": FILLER}}
+_ROLLOUT_STAGE = {"optimizer": {"kind": f"{FILLER}_rollouts"}, "prompts": {"kind": FILLER}, "reward": {"kind": FILLER}}
+
 
 @dataclass(frozen=True)
 class _Nothing:
@@ -47,8 +50,11 @@ def plain(config: Any) -> Any:
     return config
 
 
-def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry) -> Any:
-    """The validated dataclass that a config file with ``{kind: kind, **settings}`` makes. Raises ``AlignkitError``."""
+def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Sequence[str] = ()) -> Any:
+    """The validated dataclass that a config file with ``{kind: kind, **settings}`` makes. Raises ``AlignkitError``.
+
+    ``earlier``: names of stages that come before, for settings that refer to one.
+    """
     import yaml
 
     from alignkit.config import load_config
@@ -56,9 +62,9 @@ def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Re
     part = {"kind": kind, **settings}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "conformance.yaml"
-        path.write_text(yaml.safe_dump(_run(interface, part, registry), allow_unicode=True, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(_run(interface, part, registry, earlier), allow_unicode=True, sort_keys=False), encoding="utf-8")
         run = load_config(path, (), _with_fillers(registry)).run
-    stage = run.stages[0]
+    stage = run.stages[-1]
     places: dict[type, Any] = {
         Policy: run.policy,
         RewardSource: stage.reward,
@@ -70,39 +76,36 @@ def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Re
     return places[interface].config
 
 
-def refusal(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry) -> str | None:
+def refusal(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Sequence[str] = ()) -> str | None:
     """The message with which a config file with these settings is refused; None when it is accepted."""
     try:
-        parsed(interface, kind, settings, registry)
+        parsed(interface, kind, settings, registry, earlier)
     except AlignkitError as error:
         return str(error)
     return None
 
 
-def _run(interface: type, part: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
-    """The smallest run with ``part`` in its place."""
-    filler = {"kind": FILLER}
-    stage: dict[str, Any] = {"name": "first", "optimizer": {"kind": f"{FILLER}_demonstrations"}, "data": filler}
-    run: dict[str, Any] = {"name": "conformance", "policy": {"kind": "tiny_lm"}, "stages": [stage]}
-    if interface is Policy:
-        run["policy"] = part
-    elif interface is Tracker:
-        run["trackers"] = [part]
-    elif interface is DataSource:
-        stage["data"] = part
-    elif interface is RewardSource:
-        run["stages"] = [_rollout_stage({"kind": f"{FILLER}_rollouts"}, part)]
-    elif interface is Evaluator:
-        run["stages"] = [{"name": "first", "evaluate": part}]
-    elif registry.optimizer(part["kind"]).feed == "rollouts":
-        run["stages"] = [_rollout_stage(part, filler)]
-    else:
-        stage["optimizer"] = part
-    return run
+def _run(interface: type, part: Mapping[str, Any], registry: Registry, earlier: Sequence[str]) -> dict[str, Any]:
+    """The smallest run with ``part`` in its place, which is in the last stage if it is in a stage."""
+    last = {"name": "conformance_stage", **_parts_of_stage(interface, part, registry)}
+    run: dict[str, Any] = {
+        "name": "conformance",
+        "policy": part if interface is Policy else {"kind": "tiny_lm"},
+        "stages": [*({"name": name, **_DATA_STAGE} for name in earlier), last],
+    }
+    return {**run, "trackers": [part]} if interface is Tracker else run
 
 
-def _rollout_stage(optimizer: Mapping[str, Any], reward: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": "first", "optimizer": optimizer, "prompts": {"kind": FILLER}, "reward": reward}
+def _parts_of_stage(interface: type, part: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    if interface is DataSource:
+        return {**_DATA_STAGE, "data": part}
+    if interface is RewardSource:
+        return {**_ROLLOUT_STAGE, "reward": part}
+    if interface is Evaluator:
+        return {"evaluate": part}
+    if interface is Optimizer:
+        return {**(_ROLLOUT_STAGE if registry.optimizer(part["kind"]).feed == "rollouts" else _DATA_STAGE), "optimizer": part}
+    return _DATA_STAGE
 
 
 def _with_fillers(registry: Registry) -> Registry:

@@ -14,9 +14,9 @@ from torch import Tensor
 from alignkit.api import Context, Metrics, Policy, RunError, ScoredRollout, State, TokenBatch
 from alignkit.data.collate import length_buckets
 from alignkit.learner import Learner
-from alignkit.ops.advantages import gae, kl_penalized_rewards
+from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_eos
 from alignkit.ops.kl import adaptive_kl_coef, k1, k3, sequence_kl
-from alignkit.ops.losses import clipped_policy_loss, clipped_value_loss
+from alignkit.ops.losses import clipped_policy_loss, clipped_share, clipped_value_loss
 from alignkit.ops.masked import masked_mean, masked_sum, masked_whiten
 from alignkit.ops.stats import explained_variance
 
@@ -92,7 +92,7 @@ class PPO:
         has_score = torch.tensor([value is not None for value in values])
         score = torch.tensor([0.0 if value is None else value for value in values])
         finished = torch.tensor([sample.finished for sample in rollout.samples])
-        judged = score - config.missing_eos_penalty * (~finished).float()
+        judged = penalize_missing_eos(score, finished, penalty=config.missing_eos_penalty)
 
         # A sample without a score is not an example of anything: none of its tokens counts.
         mask = rollout.batch.loss_mask & has_score[:, None]
@@ -138,15 +138,15 @@ class PPO:
             inner = part.batch.loss_mask
             tokens = self._policy.score_tokens(part.batch, temperature=config.temperature)
             new, entropy = tokens.logprobs.cpu(), tokens.entropy.detach().cpu()
-            loss = clipped_policy_loss(new, part.old_logprobs, part.advantages, inner, clip=config.clip, tokens_in_minibatch=count)
-            change = new.detach() - part.old_logprobs
-            ratio = torch.where(inner, change, 0.0).exp()
+            terms = (part.old_logprobs, part.advantages, inner)
+            loss = clipped_policy_loss(new, *terms, clip=config.clip, tokens_in_minibatch=count)
+            change = torch.where(inner, new.detach() - part.old_logprobs, 0.0)
             return loss, {
                 "loss/policy": float(loss.detach()),
                 "policy/entropy_nats": float(masked_sum(entropy, inner)) / count,
                 "policy/approx_kl_nats": float(masked_sum(0.5 * change**2, inner)) / count,
-                "policy/clip_share": float(masked_sum(((ratio - 1.0).abs() > config.clip).float(), inner)) / count,
-                "policy/ratio_mean": float(masked_sum(ratio, inner)) / count,
+                "policy/clip_share": float(clipped_share(new.detach(), *terms, clip=config.clip, tokens_in_minibatch=count)),
+                "policy/ratio_mean": float(masked_sum(change.exp(), inner)) / count,
             }
 
         def critic_loss(part: Experience) -> tuple[Tensor, Metrics]:

@@ -11,7 +11,7 @@ import torch
 from alignkit.api import Context, Metrics, State, TokenRow
 from alignkit.data.collate import collate, length_buckets
 from alignkit.learner import Learner
-from alignkit.ops.masked import masked_sum
+from alignkit.ops.losses import nll_loss
 
 if TYPE_CHECKING:
     from alignkit_sft import SFTConfig
@@ -31,7 +31,7 @@ class SFT:
         trained = _trained_tokens(batch)
 
         def loss(rows: list[TokenRow]) -> tuple[torch.Tensor, Metrics]:
-            nll = self._nll(rows) / trained
+            nll = self._nll(rows, trained)
             return nll, {"loss/nll_nats": float(nll.detach())}
 
         metrics = self._learner.step(self._microbatches(batch), loss)
@@ -41,13 +41,13 @@ class SFT:
     @torch.no_grad()
     def validate(self, batch: Sequence[TokenRow]) -> Metrics:
         """Mean negative log-likelihood per token over all rows."""
-        total = sum(float(self._nll(rows)) for rows in self._microbatches(batch))
-        return {"loss/nll_nats": total / _trained_tokens(batch)}
+        trained = _trained_tokens(batch)
+        return {"loss/nll_nats": sum(float(self._nll(rows, trained)) for rows in self._microbatches(batch))}
 
-    def _nll(self, rows: list[TokenRow]) -> torch.Tensor:
+    def _nll(self, rows: list[TokenRow], trained: int) -> torch.Tensor:
         tokens = collate(rows)
         logprobs = self._policy.score_tokens(tokens).logprobs
-        return -masked_sum(logprobs, tokens.loss_mask.to(logprobs.device))
+        return nll_loss(logprobs, tokens.loss_mask.to(logprobs.device), tokens_in_step=trained)
 
     def _microbatches(self, batch: Sequence[TokenRow]) -> list[list[TokenRow]]:
         return [[batch[i] for i in bucket] for bucket in length_buckets([len(row) for row in batch], self._tokens)]

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alignkit.adamw import AdamWConfig
+from alignkit.errors import RunError
+from alignkit.learner import Learner
+from alignkit.types import Metrics
+
+
+class Line(nn.Module):
+    """y = w x, one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0]))
+
+
+def fit(learner: Learner, line: Line, parts: list[list[float]], count: int) -> dict[str, float]:
+    def loss(part: list[float]) -> tuple[Tensor, Metrics]:
+        share = sum((line.w * x - 2.0 * x) ** 2 for x in part).sum() / count  # type: ignore[union-attr]
+        return share, {"loss": float(share.detach()), "share": len(part) / count}
+
+    return learner.step(parts, loss)
+
+
+def test_a_step_does_not_depend_on_how_it_was_split() -> None:
+    data, weights, norms = [1.0, 2.0, 3.0, 4.0], [], []
+    for parts in ([data], [data[:1], data[1:]], [[x] for x in data]):
+        line = Line()
+        metrics = fit(Learner(line, AdamWConfig(learning_rate=0.1), steps=10), line, parts, 4)
+        weights.append(float(line.w))
+        norms.append(metrics["optimizer/grad_norm"])
+        assert metrics["loss"] == pytest.approx(7.5)  # mean of (x - 2x)^2 over 1, 2, 3, 4
+        assert metrics["share"] == pytest.approx(1.0)
+    assert weights == pytest.approx([weights[0]] * 3)
+    assert norms == pytest.approx([15.0] * 3)  # mean of 2 (w x - 2 x) x
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_says_so() -> None:
+    line = Line()
+    learner = Learner(line, AdamWConfig(), steps=10)
+    with pytest.raises(RunError, match="gradient is nan at step 1"):
+        fit(learner, line, [[float("nan")]], 1)
+    assert float(line.w) == 1.0
+    fit(learner, line, [[1.0]], 1)  # and the next step does not carry it on
+    assert float(line.w) != 1.0
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
+    line = Line()
+    learner = Learner(line, AdamWConfig(learning_rate=1.0, warmup=0.2, floor=0.1), steps=10)
+    rates = [fit(learner, line, [[0.0]], 1)["optimizer/learning_rate"] for _ in range(10)]
+    assert rates[0] < rates[1] < rates[2] == 1.0
+    assert rates[-1] < 0.15
+
+
+def test_weights_by_name_may_have_their_own_rate() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    two = Two()
+    before = float(two.body.weight.detach()), float(two.head.weight.detach())
+    learner = Learner(two, AdamWConfig(learning_rate=1e-3, decay="constant"), steps=10, peaks={"head.": 1e-1})
+    learner.step([1.0], lambda _: ((two.body.weight + two.head.weight).sum(), {}))
+    # AdamW's first step moves each weight by its learning rate.
+    assert before[0] - float(two.body.weight.detach()) == pytest.approx(1e-3, rel=1e-3)
+    assert before[1] - float(two.head.weight.detach()) == pytest.approx(1e-1, rel=1e-3)
+
+
+def test_a_restored_learner_goes_on_exactly() -> None:
+    def make() -> tuple[Line, Learner]:
+        line = Line()
+        return line, Learner(line, AdamWConfig(learning_rate=0.1, warmup=0.3), steps=6)
+
+    line, learner = make()
+    for x in (1.0, 2.0, 3.0):
+        fit(learner, line, [[x]], 1)
+    state = learner.state()
+    kept = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    for x in (4.0, 5.0):
+        fit(learner, line, [[x]], 1)
+    again, restored = make()
+    restored.load_state(type(state)(kept, state.values))
+    for x in (4.0, 5.0):
+        fit(restored, again, [[x]], 1)
+    assert torch.equal(line.w, again.w)
