@@ -1,0 +1,184 @@
+"""The smoke config from end to end: what a run leaves behind, how it goes on, and what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import alignkit
+from alignkit.errors import Interrupted, RunError
+from alignkit.files import sha256
+from alignkit.interfaces import TokenBatch
+from alignkit.models.causal_lm import load
+from alignkit.models.config import TuningConfig
+
+SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
+
+
+def weights(run: Path) -> dict[str, str]:
+    """The hash of everything that the run learnt."""
+    return {str(path.relative_to(run)): sha256(path) for path in sorted(run.glob("*/*/*.safetensors"))}
+
+
+def learnt(run: Path, stage: str) -> list[dict[str, float]]:
+    """The stage's metrics, without wall-clock figures."""
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    return alignkit.run(SMOKE, [f"dir={folder}"])
+
+
+def test_every_stage_leaves_its_artifact_and_a_manifest_that_names_its_parents(finished: Path) -> None:
+    manifests = {name: json.loads((finished / name / "manifest.json").read_text()) for name in ("sft", "reward", "ppo", "compare")}
+    assert [manifest["makes"] for manifest in manifests.values()] == ["policy", "reward_model", "policy", "evaluation"]
+    assert set(manifests["ppo"]["parents"]) == {"sft", "reward"}
+    assert manifests["ppo"]["parents"]["sft"] == sha256(finished / "sft" / "manifest.json")
+    assert set(manifests["compare"]["parents"]) == {"sft", "ppo"}
+    for name, makes in (("sft", "policy"), ("reward", "reward_model"), ("ppo", "policy")):
+        files = manifests[name]["files"]
+        assert files
+        assert all(sha256(finished / name / makes / file) == facts["sha256"] for file, facts in files.items())
+    counts = manifests["sft"]["data"]["training"]
+    assert counts["kept"] > 0
+    assert counts["truncated"] == counts["dropped"] == 0
+    assert not (finished / "ppo" / "checkpoints").exists()
+
+
+def test_the_policy_is_a_plain_transformers_folder(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "ppo" / "policy")
+    assert model.num_parameters() > 0
+
+
+def test_the_manifests_probes_are_what_the_saved_policy_computes(finished: Path) -> None:
+    probes = json.loads((finished / "ppo" / "manifest.json").read_text())["probes"]
+    policy = load(finished / "ppo" / "policy", tuning=TuningConfig(), precision="float32", trainable=False, seed=0)
+    for probe in probes:
+        ids = torch.tensor([probe["ids"]])
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        logprobs = policy.score_tokens(TokenBatch(ids, mask, mask)).logprobs[0, 1:]
+        assert torch.allclose(logprobs, torch.tensor(probe["logprobs"]), atol=1e-5)
+
+
+def test_metrics_are_complete_and_ppo_starts_where_it_should(finished: Path) -> None:
+    steps = learnt(finished, "ppo")
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    first = steps[0]
+    assert abs(first["kl/sequence_nats"]) < 1e-4  # policy and reference are the same before the first update
+    assert first["reward/total_mean"] <= first["reward/score_mean"] + 1e-4
+    assert steps[-1]["kl/sequence_nats"] != 0.0
+    assert "validation/loss_nll_nats" in learnt(finished, "sft")[-1]
+    assert "validation/reward_accuracy" in learnt(finished, "reward")[-1]
+
+
+def test_the_evaluation_holds_what_is_promised(finished: Path) -> None:
+    figures = json.loads((finished / "compare" / "evaluation.json").read_text())
+    promised = ("win_rate", "ci95_low", "ci95_high", "judge_mean_before", "judge_mean_after", "kl_sequence_nats", "judge_accuracy")
+    assert all(isinstance(figures[name], float | int) for name in promised)
+    assert figures["ci95_low"] <= figures["win_rate"] <= figures["ci95_high"]
+    assert "<svg" in (finished / "report.html").read_text()
+
+
+def test_the_same_command_again_does_nothing_but_say_so(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = weights(finished)
+    alignkit.run(SMOKE, [f"dir={finished}"])
+    assert weights(finished) == before
+    assert "ppo: done before" in capfd.readouterr().out
+
+
+def test_a_run_done_again_is_the_same_to_the_bit(finished: Path, tmp_path: Path) -> None:
+    again = alignkit.run(SMOKE, [f"dir={tmp_path / 'again'}"])
+    assert weights(again) == weights(finished)
+    assert learnt(again, "ppo") == learnt(finished, "ppo")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
+    finished: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import alignkit.stage
+
+    def stop_after_three(*arguments: object) -> object:
+        after = original(*arguments)  # type: ignore[arg-type]
+        runner, config = arguments[0], arguments[1]
+
+        def counted(step: int, metrics: dict[str, float]) -> None:
+            if config.name == stage and step == 3:  # type: ignore[attr-defined]
+                runner._stop.signal = signal.SIGINT  # type: ignore[attr-defined]
+            after(step, metrics)
+
+        return counted
+
+    original = alignkit.stage.StageRunner._after
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(alignkit.stage.StageRunner, "_after", stop_after_three)
+        with pytest.raises(Interrupted, match=f"stage {stage} is saved after step 3") as stopped:
+            alignkit.run(SMOKE, [f"dir={run}"])
+    assert stopped.value.exit_code == 130
+    assert (run / stage / "checkpoints" / "step-00000003").is_dir()
+    alignkit.run(SMOKE, [f"dir={run}"])
+    assert weights(run) == weights(finished)
+    assert learnt(run, stage) == learnt(finished, stage)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "alignkit", "run", str(SMOKE), f"dir={run}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("sft"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, rest
+    assert "The same command continues it" in rest
+    assert "Traceback" not in rest
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert weights(run) == weights(finished)
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"ppo\.optimizer\.kl\.coef: 0\.\d+ -> 0\.7"):
+        alignkit.run(SMOKE, [f"dir={finished}", "ppo.optimizer.kl.coef=0.7"])
+
+
+def test_a_second_process_in_the_same_folder_is_refused(finished: Path) -> None:
+    import fcntl
+
+    with (finished / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is running"):
+            alignkit.run(SMOKE, [f"dir={finished}"])
+
+
+def test_fresh_starts_anew_and_keeps_the_old_run(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "ppo" / "manifest.json").unlink()
+    from alignkit.runner import run_config
+
+    run_config(SMOKE, [f"dir={run}"], fresh=True)
+    assert not (tmp_path / "run.old-1" / "ppo" / "manifest.json").exists()
+    assert weights(run) == weights(finished)
+
+
+def test_the_reference_and_the_reward_model_are_not_touched_by_ppo(finished: Path, tmp_path: Path) -> None:
+    before = {name: digest for name, digest in weights(finished).items() if name.startswith(("sft", "reward"))}
+    manifests = {name: json.loads((finished / name / "manifest.json").read_text())["files"] for name in ("sft", "reward")}
+    for name, digest in before.items():
+        stage, _, file = name.split("/", 2)
+        assert manifests[stage][file]["sha256"] == digest
+    assert load_file(finished / "sft" / "policy" / "model.safetensors").keys() == load_file(finished / "ppo" / "policy" / "model.safetensors").keys()
