@@ -1,6 +1,6 @@
-import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from alignkit.ops.masked import last_true, masked_mean, masked_sum, masked_whiten
 from tests.ops.ragged import GARBAGE, Ragged, ragged
@@ -33,8 +33,7 @@ def test_whitened_numbers_have_mean_zero_and_biased_variance_one(batch: Ragged) 
     assert not whitened[~batch.mask].any()
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-@given(batch=ragged())
+@given(ragged(), st.sampled_from(GARBAGE))
 def test_what_stands_at_masked_cells_changes_no_bit_of_value_or_gradient(batch: Ragged, garbage: float) -> None:
     """I-PPO-5, I-PPO-6."""
     (clean,) = (x.requires_grad_() for x in batch.numbers(1, torch.float32))
