@@ -21,4 +21,6 @@ class AdamWConfig:
     epsilon: float = setting(1e-8, "AdamW's epsilon", above=0.0)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", at_least=0.0)
     clip_norm: float = setting(1.0, "gradients are scaled down to this global norm", above=0.0)
-    microbatch_tokens: int = setting(4096, "most tokens, padding included, in one forward and backward; changes memory, not results", at_least=1)
+    microbatch_tokens: int = setting(
+        4096, "most tokens, padding included, in one forward and backward; changes memory, not results", at_least=1
+    )

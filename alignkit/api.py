@@ -1,7 +1,7 @@
 """What a plugin's declaring module imports: interfaces, specs, records, settings, errors and the hook marker. Torch-free."""
 
-from alignkit.errors import AlignkitError, DataError, ModelError, RunError, SettingError
 from alignkit.context import Context
+from alignkit.errors import AlignkitError, DataError, ModelError, RunError, SettingError
 from alignkit.hookspecs import hookimpl
 from alignkit.interfaces import (
     API_VERSION,

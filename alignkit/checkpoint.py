@@ -105,7 +105,9 @@ def _write(folder: Path, step: int, states: Mapping[str, State]) -> None:
     for name, state in states.items():
         if state.tensors:
             # Cloned where they share memory: safetensors holds no aliases.
-            save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.tensors.items()}, folder / f"{name}.safetensors")
+            save_file(
+                {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.tensors.items()}, folder / f"{name}.safetensors"
+            )
             (folder / f"{name}.safetensors").chmod(0o644)
     write_json(folder / "state.json", {name: dict(state.values) for name, state in states.items()})
     files = {name: asdict(found) for name, found in hash_folder(folder).items()}

@@ -51,7 +51,7 @@ def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mappi
             raise RunError(
                 f"{folder} holds a run of another config:\n  "
                 + "\n  ".join(changes)
-                + "\nput the config back, choose another folder with dir=PATH, or start anew with --fresh (the old folder is kept beside it)"
+                + "\nput the config back, choose another folder with dir=PATH, or start anew with --fresh (the old folder is kept)"
             )
         return
     write_json(path, {

@@ -85,8 +85,11 @@ class Codec(Protocol):
 class Policy(Protocol):
     """The model being aligned, or a frozen one."""
 
-    codec: Codec
     version: int
+
+    @property
+    def codec(self) -> Codec:
+        """Text to tokens and back, the same for everyone who uses this policy."""
 
     @property
     def module(self) -> nn.Module:

@@ -58,16 +58,16 @@ class Learner:
             self._adam.zero_grad()
             raise RunError(
                 f"the gradient is {norm} at step {self._step + 1}, and the weights were left as they are; "
-                "look at the losses in metrics.jsonl, lower learning_rate, or shorten warm-up data that is unlike the rest"
+                "look at the losses in metrics.jsonl, and lower learning_rate or lengthen warmup"
             )
         config = self._config
-        share = schedule(self._step, self._steps, warmup=config.warmup, decay=config.decay, floor=config.floor)
+        factor = schedule(self._step, self._steps, warmup=config.warmup, decay=config.decay, floor=config.floor)
         for group in self._adam.param_groups:
-            group["lr"] = group["peak"] * share
+            group["lr"] = group["peak"] * factor
         self._adam.step()
         self._adam.zero_grad()
         self._step += 1
-        return {**totals, "optimizer/grad_norm": norm, "optimizer/learning_rate": config.learning_rate * share}
+        return {**totals, "optimizer/grad_norm": norm, "optimizer/learning_rate": config.learning_rate * factor}
 
     def state(self) -> State:
         """Trained weights, both moments and the step count; frozen weights are known from where the stage started."""

@@ -45,5 +45,10 @@ def online(
         scores = tuple(reward.score(rollout.samples))
         scored = time.monotonic()
         metrics = optimizer.update(ScoredRollout(rollout, scores))
-        times = {"rollout": drawn - started, "reward": scored - drawn, "update": time.monotonic() - scored, "step": time.monotonic() - started}
+        times = {
+            "rollout": drawn - started,
+            "reward": scored - drawn,
+            "update": time.monotonic() - scored,
+            "step": time.monotonic() - started,
+        }
         after(step + 1, {**metrics, **{f"time/{name}_seconds": seconds for name, seconds in times.items()}})

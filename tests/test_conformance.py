@@ -9,12 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alignkit_ppo import CriticConfig, PPOConfig
-from alignkit_ppo import register_optimizers as ppo
-from alignkit_reward_model import RewardModelConfig, TrainedRewardConfig, register_rewards
-from alignkit_reward_model import register_optimizers as reward_model
-from alignkit_sft import SFTConfig
-from alignkit_sft import register_optimizers as sft
 
 from alignkit import builtin
 from alignkit.api import DataSpec, RewardSpec, Row, Sample, Score, StageName, State, hookimpl, setting
@@ -29,6 +23,12 @@ from alignkit.testing import (
     make_context,
 )
 from alignkit.testing.imports import assert_light
+from alignkit_ppo import CriticConfig, PPOConfig
+from alignkit_ppo import register_optimizers as ppo
+from alignkit_reward_model import RewardModelConfig, TrainedRewardConfig, register_rewards
+from alignkit_reward_model import register_optimizers as reward_model
+from alignkit_sft import SFTConfig
+from alignkit_sft import register_optimizers as sft
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from alignkit_lexicon import LexiconConfig, LexiconReward, read, register_rewards
 
 from alignkit.api import Message, Prompt, RunError, Sample
+from alignkit_lexicon import LexiconConfig, LexiconReward, read, register_rewards
 
 
 def sample(response: str, asked: str = "The film is", plain: bool = True) -> Sample:

@@ -181,4 +181,7 @@ def test_the_reference_and_the_reward_model_are_not_touched_by_ppo(finished: Pat
     for name, digest in before.items():
         stage, _, file = name.split("/", 2)
         assert manifests[stage][file]["sha256"] == digest
-    assert load_file(finished / "sft" / "policy" / "model.safetensors").keys() == load_file(finished / "ppo" / "policy" / "model.safetensors").keys()
+    assert (
+        load_file(finished / "sft" / "policy" / "model.safetensors").keys()
+        == load_file(finished / "ppo" / "policy" / "model.safetensors").keys()
+    )

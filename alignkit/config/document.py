@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,14 @@ from typing import Any
 import yaml
 
 from alignkit.errors import ConfigError
+from alignkit.registry import did_you_mean
 
 Key = tuple[str | int, ...]
 """Where a value stands: keys and list indices from the top."""
+
+_DEEPEST = 40
+_MOST_VALUES = 50_000
+"""More than any config has: a file beyond these limits is not one, or was made to exhaust the reader (aliases of aliases)."""
 
 
 @dataclass
@@ -38,6 +42,14 @@ class Document:
             return "override"
         return f"{self.file}:{self.places[key][0]}:{self.places[key][1]}" if key in self.places else None
 
+    def at(self, key: Key, message: str) -> str:
+        """``message`` after the place of the value at ``key``, which is its override where it has one."""
+        for n in range(len(key), -1, -1):
+            if key[:n] in self.overridden:
+                return f'override "{self.overridden[key[:n]]}": {message}'
+        line, column = self.place(key)
+        return f"{self.file}:{line}:{column}: {message}"
+
     def named(self, key: Key) -> str:
         """The key as users write it: dotted, stages by their names."""
         parts = list(map(str, key))
@@ -54,13 +66,17 @@ class _Loader(yaml.SafeLoader):
     """YAML as people mean it: 1e-5 is a number, and yes is a word."""
 
 
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null")}
+# Dates are words too, 1:30 is not ninety, and 017 is not fifteen.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    f"{_TAG}float",
     re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
@@ -75,30 +91,18 @@ def read(path: Path) -> Document:
         raise ConfigError([f"{name}: is a folder; give the config file"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{name}: not UTF-8 text (byte {error.start})"]) from None
-    except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise ConfigError([f"{name}: cannot be read: {error.strerror or error}{hint}"]) from None
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-        document = Document(name, {})
-        problems: list[str] = []
-        values = _plain(loader, root, (), document, problems) if root is not None else None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError([f"{where}: not YAML: {error.problem or error.context}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{name}: not YAML: {' '.join(str(error).split())}"]) from None
-    finally:
-        loader.dispose()
+    except (OSError, ValueError) as error:
+        beside = [near.name for near in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"{name}: cannot be read: {reason}{did_you_mean(path.name, beside)}"]) from None
+    document = Document(name, {})
+    values, problems = _parse(text, document)
+    if problems:
+        raise ConfigError(problems)
     if values is None:
         raise ConfigError([f"{name}:1:1: the file is empty; a config has at least name, policy and stages"])
     if not isinstance(values, dict):
-        raise ConfigError([f"{name}:1:1: a config is a mapping of keys to values; found a {type(values).__name__}"])
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"{name}:1:1: a config is a mapping of keys to values; found {'a list' if isinstance(values, list) else values}"])
     document.values = values
     return document
 
@@ -106,79 +110,142 @@ def read(path: Path) -> Document:
 def override(document: Document, text: str) -> str | None:
     """Lay ``key=value`` over the document; returns what is wrong with it, None if nothing is."""
     dotted, equals, written = text.partition("=")
-    if not equals or not dotted:
+    if not equals or "" in dotted.split("."):
         return f'override "{text}": write it as key=value, such as dir=runs/two or ppo.optimizer.kl.coef=0.1'
-    try:
-        value = yaml.load(written, Loader=_Loader) if written else ""  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        return f'override "{text}": the value is not YAML; quote it'
+    value, problems = _parse(written, Document("value", {})) if written else ("", [])
+    if problems:
+        return f'override "{text}": {problems[0]}'
     key = _key(document, dotted)
     if isinstance(key, str):
         return f'override "{text}": {key}'
     target: Any = document.values
-    for part in key[:-1]:
+    for depth, part in enumerate(key):
+        if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
+            return f'override "{text}": {document.named(key[:depth])} has no entry {part}; it has {len(target)}, counted from 0'
+        if not isinstance(target, dict | list):
+            return f'override "{text}": {document.named(key[:depth])} is a single value and has no keys'
+        if depth == len(key) - 1:
+            break
         if isinstance(target, dict) and target.get(part) is None:
             target[part] = {}
-        target = target[part] if isinstance(target, dict) or (isinstance(target, list) and isinstance(part, int)) else None
-        if not isinstance(target, dict | list):
-            return f'override "{text}": {document.named(key[: key.index(part) + 1])} has no keys'
-    if isinstance(target, list):
-        if not isinstance(key[-1], int) or key[-1] >= len(target):
-            return f'override "{text}": there is no such entry; the list has {len(target)}, counted from 0'
-        target[key[-1]] = value
-    else:
-        if key[-1] == "kind" and target.get("kind") != value:
-            # Another kind has other keys: what was written for the old one does not apply.
-            target.clear()
-        target[key[-1]] = value
+        target = target[part]
+    if key[-1] == "kind" and isinstance(target, dict) and target.get("kind") != value:
+        # Another kind has other keys: what was written for the old one does not apply.
+        target.clear()
+    target[key[-1]] = value
     document.overridden[key] = text
     return None
 
 
 def _key(document: Document, dotted: str) -> Key | str:
     """The place that a dotted name means: its first part is a top-level key or a stage; or what is wrong with it."""
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+    parts: list[str | int] = [int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in dotted.split(".")]
     stages = document.values.get("stages")
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages] if isinstance(stages, list) else []
     if parts[0] in names:
         if len(parts) == 1:
             return f"names a whole stage; name one of its keys, such as {dotted}.max_length"
-        return ("stages", names.index(str(parts[0])), *parts[1:])
-    if len(parts) > 1 and parts[0] not in document.values and parts[0] != "checkpoint":
-        near = difflib.get_close_matches(str(parts[0]), [str(name) for name in [*names, *document.values] if name], n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        return f'there is no stage or key "{parts[0]}"; stages: {", ".join(map(str, names))}{hint}'
+        return ("stages", names.index(parts[0]), *parts[1:])
+    if len(parts) > 1 and parts[0] not in document.values and parts[0] not in document.keys:
+        known = [name for name in [*names, *document.keys] if isinstance(name, str)]
+        return f'there is no stage or key "{parts[0]}"{did_you_mean(str(parts[0]), known)}; stages: {", ".join(map(str, names)) or "none"}'
     return tuple(parts)
 
 
-def _plain(loader: _Loader, node: yaml.Node, key: Key, document: Document, problems: list[str]) -> Any:
-    document.places[key] = (node.start_mark.line + 1, node.start_mark.column + 1)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, child, (*key, i), document, problems) for i, child in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
-    values: dict[str, Any] = {}
-    for name_node, child in node.value:
-        where = f"{document.file}:{name_node.start_mark.line + 1}:{name_node.start_mark.column + 1}"
-        name = name_node.value
-        if not isinstance(name_node, yaml.ScalarNode):
-            problems.append(f"{where}: a key must be a word")
-            continue
-        if name in values:
-            problems.append(f'{where}: the key "{name}" stands here a second time; keep one of them')
-        values[name] = _plain(loader, child, (*key, name), document, problems)
-        if isinstance(child, yaml.ScalarNode) and child.value == "" and values[name] is None:
-            document.places[(*key, name)] = (name_node.start_mark.line + 1, name_node.start_mark.column + 1)
-    return values
+def _parse(text: str, document: Document) -> tuple[Any, list[str]]:
+    """YAML as plain values, whose places go into ``document``, and what is wrong with it."""
+    name = document.file
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = error.problem or error.context or ""
+        hint = "; indent with spaces, YAML has no tabs" if "\\t" in reason else ""
+        return None, [f"{name}:{mark.line + 1}:{mark.column + 1}: not YAML: {reason}{hint}" if mark else f"{name}: not YAML: {reason}"]
+    except yaml.YAMLError as error:
+        return None, [f"{name}: not YAML: {' '.join(str(error).split())}"]
+    except RecursionError:
+        return None, [f"{name}: nested too deeply to be a config"]
+    reader = _Reader(loader, document)
+    return (reader.plain(root, ()) if root is not None else None), reader.problems
+
+
+class _Reader:
+    """Turns YAML nodes into plain values, noting where each stands."""
+
+    def __init__(self, loader: _Loader, document: Document) -> None:
+        self.problems: list[str] = []
+        self._loader, self._document = loader, document
+        self._around: list[yaml.Node] = []
+        self._count = 0
+
+    def plain(self, node: yaml.Node, key: Key) -> Any:
+        """The node's value. What cannot be read is None, with a problem."""
+        self._document.places[key] = _mark(node)
+        self._count += 1
+        if node in self._around:
+            return self._problem(node, "this alias stands inside what it repeats")
+        if len(self._around) > _DEEPEST:
+            return self._problem(node, "nested too deeply to be a config")
+        if self._count > _MOST_VALUES:
+            return None if self._count > _MOST_VALUES + 1 else self._problem(node, f"more than {_MOST_VALUES} values; that is no config")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        self._around.append(node)
+        values = self._mapping(node, key) if isinstance(node, yaml.MappingNode) else self._sequence(node, key)
+        self._around.pop()
+        return values
+
+    def _sequence(self, node: yaml.Node, key: Key) -> list[Any]:
+        return [self.plain(child, (*key, i)) for i, child in enumerate(node.value) if self._count <= _MOST_VALUES]
+
+    def _mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name_node, child in node.value:
+            name = name_node.value
+            if self._count > _MOST_VALUES:
+                break
+            if not isinstance(name_node, yaml.ScalarNode):
+                self._problem(name_node, "a key must be a word")
+                continue
+            if name_node.tag == f"{_TAG}merge":
+                self._problem(name_node, "the merge key << is not supported, since it hides where a value comes from; write the keys out")
+                continue
+            if name in values:
+                self._problem(name_node, f'the key "{name}" stands here a second time; keep one of them')
+            values[name] = self.plain(child, (*key, name))
+            if child.value == "" and values[name] is None:
+                # An empty value has no place of its own worth showing: its mark is the start of whatever comes next.
+                self._document.places[(*key, name)] = _mark(name_node)
+        return values
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag not in _SCALARS:
+            return self._problem(node, f"the tag {node.tag.replace(_TAG, '!!')} is not supported; write a plain value")
+        try:
+            value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+        except (ValueError, KeyError):
+            return self._problem(node, f'"{node.value[:40]}" is not a {node.tag.replace(_TAG, "")}')
+        if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+            return self._problem(node, "the text holds a character that cannot be written to a file (NUL, or half of a surrogate pair)")
+        return value
+
+    def _problem(self, node: yaml.Node, message: str) -> None:
+        line, column = _mark(node)
+        self.problems.append(f"{self._document.file}:{line}:{column}: {message}")
+
+
+def _mark(node: yaml.Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
 def resolve(document: Document) -> Sequence[str]:
     """Resolve ``${...}`` in place, by OmegaConf; returns what cannot be resolved."""
-    from omegaconf import OmegaConf
+    from omegaconf import Container, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     problems = []
-    config = OmegaConf.create(document.values)
 
     def walk(value: Any, key: Key) -> Any:
         if isinstance(value, dict):
@@ -188,16 +255,17 @@ def resolve(document: Document) -> Sequence[str]:
         if not isinstance(value, str) or "${" not in value:
             return value
         try:
-            return OmegaConf.select(config, _path(key), throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            line, column = document.place(key)
-            reason = str(error).splitlines()[0]
-            problems.append(f'{document.file}:{line}:{column}: {document.named(key)} is "{value}", which cannot be resolved: {reason}')
-            return value
+            found: Any = OmegaConf.create(document.values)
+            for part in key:
+                found = found[part]
+        except (OmegaConfBaseException, RecursionError) as error:
+            reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        else:
+            if not isinstance(found, Container):
+                return found
+            reason = "it refers to a mapping or a list; refer to a single value"
+        problems.append(document.at(key, f'{document.named(key)} is "{value}", which cannot be resolved: {reason}'))
+        return value
 
     document.values = walk(document.values, ())
     return problems
-
-
-def _path(key: Key) -> str:
-    return "".join(f"[{part}]" for part in key)

@@ -65,7 +65,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapters(model: nn.Module, folder: Path) -> None:
+def save_adapters(model: Any, folder: Path) -> None:
     """Write the adapters alone, in peft's own form, if there are any."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -36,12 +36,13 @@ class CausalPolicy:
     @property
     def module(self) -> nn.Module:
         """The transformers model; its trainable parameters are those with ``requires_grad``."""
-        return self._model
+        module: nn.Module = self._model
+        return module
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self._model.parameters()).device
+        return next(self.module.parameters()).device
 
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their row.
@@ -108,9 +109,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: not a transformers folder with safetensors weights: {str(error).strip().splitlines()[0]}") from error
@@ -119,9 +118,7 @@ def load(
         adapters.tune(model, tuning, seed)
     else:
         model.requires_grad_(False)
-    return CausalPolicy(
-        model, make_codec(tokenizer, model.config), tuning=tuning if trainable else TuningConfig(), precision=precision
-    )
+    return CausalPolicy(model, make_codec(tokenizer, model.config), tuning=tuning if trainable else TuningConfig(), precision=precision)
 
 
 def make_codec(tokenizer: Any, model_config: Any) -> TemplateCodec:

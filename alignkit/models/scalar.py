@@ -40,12 +40,14 @@ class ScalarModel(nn.Module):
         device = self.head.weight.device
         with autocast(self._precision, device):
             hidden = hidden_states(self.backbone, ids.to(device))
-        return self.head(hidden.float()).squeeze(-1)
+        scalars: Tensor = self.head(hidden.float())
+        return scalars.squeeze(-1)
 
     def scores(self, batch: TokenBatch) -> Tensor:
         """The reward [b] of each row: the scalar at its last real token, less ``offset``, times ``gain``."""
         at = score_index(batch.mask).to(self.head.weight.device)
-        return self(batch.ids).gather(1, at[:, None]).squeeze(1).sub(self.offset).mul(self.gain)
+        raw: Tensor = self(batch.ids).gather(1, at[:, None]).squeeze(1)
+        return (raw - self.offset) * self.gain
 
     def values(self, batch: TokenBatch) -> Tensor:
         """The critic's values [b t]: at each token, the scalar of the position before it, from which the token is predicted."""

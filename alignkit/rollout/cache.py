@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _GROWTH = 64
 
 
-class RowsLayer(DynamicLayer):
+class RowsLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values [rows heads columns width], kept in a block with room to grow to the right."""
 
     def __init__(self) -> None:

@@ -26,7 +26,9 @@ class CriticConfig(AdamWConfig):
     init: StageName | None = setting(None, "the stage whose reward model the critic starts from; none: the policy's backbone, a new head")
     learning_rate: float = setting(9e-6, "peak learning rate", above=0.0)
     epsilon: float = setting(1e-5, "AdamW's epsilon", above=0.0)
-    clip: float | None = setting(None, "bound on how far a value may move in one iteration, for rewards of a size near 1; none: no bound", above=0.0)
+    clip: float | None = setting(
+        None, "bound on how far a value may move in one iteration, for rewards of a size near 1; none: no bound", above=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,11 @@ def register_optimizers() -> list[OptimizerSpec]:
     """Declare ``ppo``."""
     return [
         OptimizerSpec(
-            kind="ppo", summary="PPO with a critic and a KL penalty to the reference", config=PPOConfig, feed="rollouts", plan=plan, build=build
+            kind="ppo",
+            summary="PPO with a critic and a KL penalty to the reference",
+            config=PPOConfig,
+            feed="rollouts",
+            plan=plan,
+            build=build,
         )
     ]

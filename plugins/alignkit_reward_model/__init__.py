@@ -18,7 +18,7 @@ class RewardModelConfig(AdamWConfig):
     head_learning_rate: float = setting(1e-3, "peak learning rate of the scalar head, which starts from nothing", above=0.0)
     epochs: int = setting(1, "passes over the rankings; more overfit (InstructGPT)", at_least=1)
     batch: int = setting(16, "rankings per step", at_least=1)
-    center: float = setting(0.0, "weight of the squared mean reward of each pair, which keeps rewards near 0 (arXiv:2312.09244)", at_least=0.0)
+    center: float = setting(0.0, "weight of the squared sum of a pair's rewards: keeps them near 0 (arXiv:2312.09244)", at_least=0.0)
     normalize: Literal["none", "standard"] = setting(
         "standard", "standard: the scores of the training responses get mean 0 and std 1, so that KL coefficients keep their meaning"
     )
@@ -69,4 +69,8 @@ def register_optimizers() -> list[OptimizerSpec]:
 @hookimpl
 def register_rewards() -> list[RewardSpec]:
     """Declare the scoring."""
-    return [RewardSpec(kind="reward_model", summary="a reward model trained by an earlier stage", config=TrainedRewardConfig, build=build_source)]
+    return [
+        RewardSpec(
+            kind="reward_model", summary="a reward model trained by an earlier stage", config=TrainedRewardConfig, build=build_source
+        )
+    ]

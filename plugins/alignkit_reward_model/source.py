@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,4 +31,5 @@ class TrainedReward:
         for bucket in length_buckets([len(row) for row in rows], _TOKENS):
             for i, value in zip(bucket, self._model.scores(collate([rows[i] for i in bucket])).tolist(), strict=True):
                 values[i] = value
-        return [Score(value) if abs(value) < float("inf") else Score(None, reason="the reward model's score is not finite") for value in values]
+        broken = Score(None, reason="the reward model's score is not finite")
+        return [Score(value) if math.isfinite(value) else broken for value in values]

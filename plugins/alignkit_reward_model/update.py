@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class RewardModel:
         """Rewards and ranks [n k] of rankings, padded with rank 0; one forward a response."""
         width = max(len(ranking.rows) for ranking in rankings)
         flat = self._model.scores(collate([row for ranking in rankings for row in ranking.rows])).cpu()
-        parts = flat.split([len(ranking.rows) for ranking in rankings])
+        parts = torch.split(flat, [len(ranking.rows) for ranking in rankings])
         scores = torch.stack([torch.nn.functional.pad(part, (0, width - len(part))) for part in parts])
         ranks = torch.tensor([[*ranking.ranks, *(0,) * (width - len(ranking.ranks))] for ranking in rankings])
         return scores, ranks
@@ -128,7 +129,7 @@ class _RunningMoments:
     @property
     def std(self) -> float:
         """Spread; never so small that dividing by it would blow noise up."""
-        return max(self.square - self.mean**2, 1e-6) ** 0.5
+        return math.sqrt(max(self.square - self.mean**2, 1e-6))
 
     def values(self) -> dict[str, float]:
         """For the checkpoint."""

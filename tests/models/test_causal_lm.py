@@ -62,7 +62,9 @@ def test_neither_padding_nor_company_nor_order_changes_a_score(architecture: str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tuning", [TuningConfig(), LORA], ids=["full", "lora"])
-def test_a_saved_policy_is_a_plain_transformers_folder_with_the_same_logits(architecture: str, tuning: TuningConfig, tmp_path: Path) -> None:
+def test_a_saved_policy_is_a_plain_transformers_folder_with_the_same_logits(
+    architecture: str, tuning: TuningConfig, tmp_path: Path
+) -> None:
     policy = shaken(tiny_policy(architecture, tuning=tuning))
     policy.save(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

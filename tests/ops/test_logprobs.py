@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,34 @@ def test_a_weight_alone_may_want_the_gradient() -> None:
     assert torch.allclose(torch.autograd.grad(scores.sum(), weight)[0], torch.autograd.grad(want.sum(), weight)[0])
 
 
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch, frozen_head: bool) -> None:
+    hidden, weight, _, tokens = made_up(torch.float32)
+    weight.requires_grad_(not frozen_head)
+    monkeypatch.setattr(module, "_CHUNK", 3 * WORDS)
+    made: list[int] = []
+    plainly_made = module._logits
+
+    def watched(*inputs: Any) -> Tensor:
+        logits = plainly_made(*inputs)
+        made.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(module, "_logits", watched)
+    kept: list[torch.Size] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        scores, _ = selective_logprobs(hidden, weight, tokens)
+    torch.autograd.grad(scores.sum(), hidden)
+    # Seven rows: 3 + 3 + 1, and once more for the backward pass of a trained head; a frozen one needs no second time.
+    assert made == [3, 3, 1] * (1 if frozen_head else 2)
+    assert (ROWS, WORDS) not in kept
+
+
 def test_no_tokens_no_scores() -> None:
     hidden, weight, _, tokens = made_up(torch.float32)
     scores, entropies = selective_logprobs(hidden[:0], weight, tokens[:0])
@@ -133,3 +162,6 @@ def test_large_logits_keep_the_digits_of_a_likely_token() -> None:
     assert float(token_logprobs(logits, torch.tensor([0]))) == pytest.approx(want, rel=1e-2)
     scores, _ = selective_logprobs(logits, torch.eye(2), torch.tensor([0]))
     assert float(scores) == pytest.approx(want, rel=1e-2)
+    # And an unlikely token costs what it should: e^1000 is not a number in float32.
+    far = torch.tensor([[1000.0, 0.0]])
+    assert float(selective_logprobs(far, torch.eye(2), torch.tensor([1]))[0]) == -1000.0

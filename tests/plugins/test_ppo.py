@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from alignkit_ppo import CriticConfig, KLConfig, PPOConfig, plan
-from alignkit_ppo.update import PPO
 
 from alignkit.context import Context
 from alignkit.errors import RunError, SettingError
@@ -15,6 +13,8 @@ from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.rollout import LocalEngine
 from alignkit.testing import make_context
 from alignkit.types import Message, Prompt, PromptRow, Sample, Sampling, Score
+from alignkit_ppo import CriticConfig, KLConfig, PPOConfig, plan
+from alignkit_ppo.update import PPO
 
 TINY = TinyLMConfig(hidden_size=32, layers=2, heads=2, positions=128)
 SMALL = PPOConfig(iterations=4, prompts=6, samples_per_prompt=2, max_new_tokens=8, minibatches=3, learning_rate=1e-3)

@@ -3,15 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignkit_reward_model import RewardModelConfig, plan
-from alignkit_reward_model.source import TrainedReward
-from alignkit_reward_model.update import RewardModel
 
 from alignkit.errors import DataError
 from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.models.scalar import load_scalar
 from alignkit.testing import make_context
 from alignkit.types import Message, Prompt, RankedRows, Ranking, Sample
+from alignkit_reward_model import RewardModelConfig, plan
+from alignkit_reward_model.source import TrainedReward
+from alignkit_reward_model.update import RewardModel
 
 TINY = TinyLMConfig(hidden_size=32, layers=2, heads=2, positions=128)
 CONFIG = RewardModelConfig(batch=4, learning_rate=3e-3, head_learning_rate=1e-2, epochs=8)

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignkit_sft import SFTConfig, plan
-from alignkit_sft.update import SFT
 
 from alignkit.models.config import TinyLMConfig
 from alignkit.rollout import LocalEngine
 from alignkit.testing import make_context
 from alignkit.types import Demonstration, Message, Prompt, PromptRow, Sampling, TokenRow
+from alignkit_sft import SFTConfig, plan
+from alignkit_sft.update import SFT
 
 TINY = TinyLMConfig(hidden_size=64, layers=2, heads=4, positions=128)
 CONFIG = SFTConfig(batch=4, learning_rate=3e-3, decay="constant")

@@ -36,8 +36,8 @@ def alone(policy: CausalPolicy, asked: Request) -> list[Event]:
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampler_and_training_forward_agree_on_logprobs(architecture: str, temperature: float) -> None:
     policy = tiny_policy(architecture)
-    prompts = [PromptRow(Prompt(str(i), (Message("user", text),), plain=True), policy.codec.prompt(Prompt(str(i), (Message("user", text),), plain=True)))
-               for i, text in enumerate(TEXTS)]  # fmt: skip
+    texts = [Prompt(str(i), (Message("user", text),), plain=True) for i, text in enumerate(TEXTS)]
+    prompts = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in texts]
     rollout = LocalEngine(0).rollout(policy, prompts, Sampling(max_new_tokens=16, temperature=temperature), samples_per_prompt=3, step=0)
     with torch.no_grad():
         trained = policy.score_tokens(rollout.batch, temperature=temperature).logprobs
