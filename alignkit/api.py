@@ -28,7 +28,7 @@ from alignkit.interfaces import (
     Tracker,
     TrackerSpec,
 )
-from alignkit.settings import Component, FilePath, StageName, setting
+from alignkit.settings import Component, FilePath, PolicyStage, RewardStage, StageName, setting
 from alignkit.types import (
     Demonstration,
     Message,
@@ -67,12 +67,14 @@ __all__ = [
     "Plan",
     "Policy",
     "PolicySpec",
+    "PolicyStage",
     "Prompt",
     "PromptRow",
     "RankedRows",
     "Ranking",
     "RewardSource",
     "RewardSpec",
+    "RewardStage",
     "Rollout",
     "Row",
     "RunError",

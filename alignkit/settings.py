@@ -11,7 +11,13 @@ from typing import Any, Generic, NewType, TypeVar
 T = TypeVar("T")
 
 StageName = NewType("StageName", str)
-"""A field of this type names an earlier stage."""
+"""A field of this type names an earlier stage, whatever it makes."""
+
+PolicyStage = NewType("PolicyStage", StageName)
+"""A field of this type names an earlier stage that makes a policy."""
+
+RewardStage = NewType("RewardStage", StageName)
+"""A field of this type names an earlier stage that makes a reward model."""
 
 FilePath = NewType("FilePath", str)
 """A field of this type names a file or folder that is there, relative to the working directory or to the config; it is made absolute."""
@@ -28,7 +34,7 @@ class Range:
 
     def __str__(self) -> str:
         words = [("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below)]
-        return " and ".join(f"{word} {bound:g}" for word, bound in words if bound is not None)
+        return " and ".join(f"{word} {bound:.12g}" for word, bound in words if bound is not None)
 
     def admits(self, value: float) -> bool:
         """Whether ``value`` lies within the bounds."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -99,7 +99,7 @@ class TestPPO(OptimizerConformance):
 
     spec = ppo()[0]
     config = PPOConfig(iterations=3, prompts=4, minibatches=2, max_new_tokens=8, critic=CriticConfig(init=StageName("reward")))
-    earlier = ("reward",)
+    earlier: ClassVar[Any] = {"reward": "reward_model"}
     wrong = ({"minibatches": 5}, {"clip": 1.0})
 
 
@@ -108,7 +108,7 @@ class TestTrainedReward(RewardSourceConformance):
 
     spec = register_rewards()[0]
     config = TrainedRewardConfig(stage=StageName("reward"))
-    earlier = ("reward",)
+    earlier: ClassVar[Any] = {"reward": "reward_model"}
     wrong = ({"stage": "reword"},)
 
 

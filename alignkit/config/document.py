@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from alignkit.config.schema import RunConfig
 from alignkit.errors import ConfigError
 from alignkit.registry import did_you_mean
 
@@ -36,11 +37,12 @@ class Document:
             key = key[:-1]
         return self.places[key]
 
-    def origin(self, key: Key) -> str | None:
-        """Who wrote exactly this value: ``file:line:column`` or ``override``; None for nobody."""
+    def origin(self, key: Key) -> str:
+        """Who wrote this value: ``file:line:column`` or ``override``."""
         if any(key[:n] in self.overridden for n in range(len(key) + 1)):
             return "override"
-        return f"{self.file}:{self.places[key][0]}:{self.places[key][1]}" if key in self.places else None
+        line, column = self.place(key)
+        return f"{self.file}:{line}:{column}"
 
     def at(self, key: Key, message: str) -> str:
         """``message`` after the place of the value at ``key``, which is its override where it has one."""
@@ -102,7 +104,8 @@ def read(path: Path) -> Document:
     if values is None:
         raise ConfigError([f"{name}:1:1: the file is empty; a config has at least name, policy and stages"])
     if not isinstance(values, dict):
-        raise ConfigError([f"{name}:1:1: a config is a mapping of keys to values; found {'a list' if isinstance(values, list) else values}"])
+        found = "a list" if isinstance(values, list) else repr(values)[:40]
+        raise ConfigError([f"{name}:1:1: a config is a mapping of keys to values; found {found}"])
     document.values = values
     return document
 
@@ -146,8 +149,9 @@ def _key(document: Document, dotted: str) -> Key | str:
         if len(parts) == 1:
             return f"names a whole stage; name one of its keys, such as {dotted}.max_length"
         return ("stages", names.index(parts[0]), *parts[1:])
-    if len(parts) > 1 and parts[0] not in document.values and parts[0] not in document.keys:
-        known = [name for name in [*names, *document.keys] if isinstance(name, str)]
+    keys = [f.name for f in fields(RunConfig)]
+    if len(parts) > 1 and parts[0] not in keys:
+        known = [name for name in [*names, *keys] if isinstance(name, str)]
         return f'there is no stage or key "{parts[0]}"{did_you_mean(str(parts[0]), known)}; stages: {", ".join(map(str, names)) or "none"}'
     return tuple(parts)
 
@@ -226,7 +230,7 @@ class _Reader:
         try:
             value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
         except (ValueError, KeyError):
-            return self._problem(node, f'"{node.value[:40]}" is not a {node.tag.replace(_TAG, "")}')
+            return self._problem(node, f'"{node.value[:40]}" cannot be read as !!{node.tag.replace(_TAG, "")}')
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
             return self._problem(node, "the text holds a character that cannot be written to a file (NUL, or half of a surrogate pair)")
         return value
@@ -259,7 +263,7 @@ def resolve(document: Document) -> Sequence[str]:
             for part in key:
                 found = found[part]
         except (OmegaConfBaseException, RecursionError) as error:
-            reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+            reason = "it refers to itself" if isinstance(error, RecursionError) else (str(error).splitlines() or [type(error).__name__])[0]
         else:
             if not isinstance(found, Container):
                 return found

@@ -43,7 +43,9 @@ def estimate(loaded: LoadedConfig) -> Estimate:
             rows.append((2 * weights, f"{stage.name}: two policies"))
         elif stage.reward is not None:
             reference = 0.0 if lora else weights
-            rows.append((2 * learning + reference + weights, f"{stage.name}: policy and critic with gradients and moments, reference, reward model"))
+            rows.append(
+                (2 * learning + reference + weights, f"{stage.name}: policy and critic with gradients and moments, reference, reward model")
+            )
         else:
             rows.append((learning, f"{stage.name}: one model with gradients and moments"))
     largest = max(rows)
@@ -53,20 +55,23 @@ def estimate(loaded: LoadedConfig) -> Estimate:
         (
             f"estimate for {parameters / 1e6:.0f} million parameters, float32, {'adapters' if lora else 'all weights'} trained:",
             f"  memory {largest[0]:.1f} GB in the largest stage ({largest[1]}), and what batches take on top",
-            f"  disk   {artifacts * weights + kept:.1f} GB ({artifacts} models of {weights:.2f} GB, and {loaded.run.checkpoint.keep} checkpoints)",
+            f"  disk   {artifacts * weights + kept:.1f} GB ({artifacts} models of {weights:.2f} GB, and up to {loaded.run.checkpoint.keep} "
+            "checkpoints)",
         )
     )
 
 
 def _parameters(model: str) -> int | None:
     """Number of weights of a folder, a GGUF file or a package's file; None where it cannot be read here."""
-    path = _path(model)
-    if path is None or not path.exists():
+    try:
+        path = _path(model)
+        if path is not None and path.is_file():
+            return _gguf_parameters(path) if path.suffix == ".gguf" else None
+        files = sorted(path.glob("*.safetensors")) if path is not None else []
+        return sum(_safetensors_parameters(file) for file in files) if files else None
+    except (OSError, ValueError, LookupError, struct.error):
+        # Not a model that can be read: whoever loads it will say so, and why. Here only a guess is missing.
         return None
-    if path.is_file():
-        return _gguf_parameters(path) if path.suffix == ".gguf" else None
-    files = sorted(path.glob("*.safetensors"))
-    return sum(_safetensors_parameters(file) for file in files) if files else None
 
 
 def _path(model: str) -> Path | None:

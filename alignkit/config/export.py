@@ -13,7 +13,7 @@ from alignkit.config.load import LoadedConfig
 from alignkit.config.schema import RunConfig
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.registry import Registry
-from alignkit.settings import Component, FilePath, Range, StageName
+from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName
 
 INTERFACES: dict[str, type] = {
     "policy": Policy,
@@ -28,7 +28,9 @@ INTERFACES: dict[str, type] = {
 def json_schema(registry: Registry) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a config, with the keys of every installed kind."""
     definitions = {
-        _reference(interface): {"oneOf": [_object(spec.config, spec.kind, spec.summary) for _, spec in sorted(registry.specs(interface).items())]}
+        _reference(interface): {
+            "oneOf": [_object(spec.config, spec.kind, spec.summary) for _, spec in sorted(registry.specs(interface).items())]
+        }
         for interface in INTERFACES.values()
     }
     top = _object(RunConfig, None, "A run of alignkit")
@@ -164,7 +166,16 @@ def _words(kind: Any) -> str:
         return f"{noun} (a `kind`)"
     if dataclasses.is_dataclass(kind):
         return "mapping"
-    known = {str: "text", int: "whole number", float: "number", bool: "true or false", StageName: "earlier stage", FilePath: "file"}
+    known = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        FilePath: "file",
+        StageName: "earlier stage",
+        PolicyStage: "earlier stage that makes a policy",
+        RewardStage: "earlier stage that makes a reward model",
+    }
     return known[kind]
 
 

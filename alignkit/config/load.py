@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.document import Document, Key, override, read, resolve
+from alignkit.config.document import Key, override, read, resolve
 from alignkit.config.schema import RunConfig, StageConfig
-from alignkit.config.validate import WRONG, Validator, did_you_mean
+from alignkit.config.validate import WRONG, Validator
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Optimizer
 from alignkit.registry import Registry
 
 _ONLY_WITH_OPTIMIZER = ("data", "validation", "prompts", "reward", "start", "reference")
+_DIR = next(f for f in fields(RunConfig) if f.name == "dir")
+_FOLDERS = ("model",)
+"""What a run's folder holds besides the stages' folders, under a name that a stage could have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,86 +35,91 @@ def load_config(path: str | Path, overrides: Sequence[str], registry: Registry) 
     """Read and check everything. Raises ``ConfigError`` with all problems, in the order of the file."""
     document = read(Path(path))
     problems = [problem for text in overrides if (problem := override(document, text))]
+    if "name" in document.values:
+        # The one default that follows from another key; without a name, that the name is missing says it all.
+        document.values.setdefault("dir", _DIR.default)
     problems += resolve(document)
     checked = Validator(document, registry)
+    if "dir" in document.values and ("dir",) not in document.places and ("dir",) not in document.overridden:
+        checked.defaults.add(("dir",))
     run = _run(checked)
-    problems += [message for _, _, message in sorted(checked.problems)]
+    problems += [message for _, _, message in sorted(checked.problems) if message not in problems]
     if problems:
         raise ConfigError(problems)
-    return LoadedConfig(run, Path(path), _nested(checked.resolved), _origins(document, checked.resolved))
+    return LoadedConfig(run, Path(path), _nested(checked.resolved), _origins(checked))
 
 
 def _run(checked: Validator) -> Any:
-    """The stages one after another, each knowing the names before it; then the whole."""
+    """The stages one after another, each knowing those before it; then the whole."""
     values = checked.document.values
     stages = values.get("stages")
-    kinds: dict[str, str] = {}
+    made: dict[str, str] = {}
     if isinstance(stages, list):
         if not stages:
             checked.report(("stages",), "stages is empty; a run has at least one")
         for i, stage in enumerate(stages):
-            if isinstance(stage, dict):
-                _check_stage(checked, stage, ("stages", i), kinds)
+            _check_stage(checked, stage, ("stages", i), made)
     if checked.problems:
         # What is wrong inside stages was found with the names that each may refer to; look at the rest without them.
         checked.dataclass(RunConfig, {**values, "stages": []} if isinstance(stages, list) else values, ())
         return WRONG
-    checked.earlier = tuple(kinds)
+    checked.earlier = made
+    checked.resolved.clear()
     return checked.dataclass(RunConfig, values, ())
 
 
-def _check_stage(checked: Validator, stage: dict[str, Any], key: Key, kinds: dict[str, str]) -> None:
-    """One stage: its own keys, then what they mean together. ``kinds``: what each earlier stage makes."""
-    checked.earlier = tuple(kinds)
-    made = checked.dataclass(StageConfig, stage, key)
+def _check_stage(checked: Validator, stage: Any, key: Key, made: dict[str, str]) -> None:
+    """One stage: its own keys, then what they mean together. ``made``: what each earlier stage makes, to which this one is added."""
+    checked.earlier = dict(made)
+    config = checked.dataclass(StageConfig, stage, key)
+    if not isinstance(stage, dict):
+        return
+    if config is not WRONG:
+        _check_feed(checked, config, key)
     name = stage.get("name")
-    if isinstance(name, str):
-        if name in kinds:
-            checked.report((*key, "name"), f'the name "{name}" is taken by an earlier stage')
-        if name in {f.name for f in fields(RunConfig)}:
-            checked.report((*key, "name"), f'a stage cannot be named "{name}": that is a key of the run')
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-            checked.report((*key, "name"), f'the name "{name}" cannot be a folder and a key; allowed: letters, digits, - and _')
-    policies = [earlier for earlier, makes in kinds.items() if makes == "policy"]
-    for reference in ("start", "reference"):
-        wanted = stage.get(reference)
-        if not isinstance(wanted, str) or wanted in policies:
-            continue
-        where = f"{checked.document.named(key)}.{reference}"
-        if wanted in kinds:
-            checked.report((*key, reference), f'{where} is "{wanted}", which makes a {kinds[wanted].replace("_", " ")}, not a policy')
-            continue
-        later = wanted == name or any(isinstance(s, dict) and s.get("name") == wanted for s in checked.document.values["stages"])
-        why = "which does not come before this one" if later else "which is not a stage"
-        allowed = ", ".join(policies) or "none yet; leave the key out to start from the run's own policy"
-        near = "" if later else did_you_mean(wanted, policies)
-        checked.report((*key, reference), f'{where} is "{wanted}", {why}; allowed: {allowed}{near}')
-    makes = _check_feed(checked, stage, key) if made is not WRONG else "policy"
-    if isinstance(name, str):
-        kinds.setdefault(name, makes)
+    if not isinstance(name, str):
+        return
+    if name in made:
+        checked.report((*key, "name"), f'the name "{name}" is taken by an earlier stage')
+    if name in {f.name for f in fields(RunConfig)}:
+        checked.report((*key, "name"), f'a stage cannot be named "{name}": that is a key of the run')
+    if name in _FOLDERS:
+        checked.report((*key, "name"), f'a stage cannot be named "{name}": the run keeps something else under that name in its folder')
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
+        checked.report((*key, "name"), f'the name "{name}" cannot be a folder and a key; allowed: at most 64 letters, digits, - and _')
+    made.setdefault(name, _makes(checked.registry, stage))
 
 
-def _check_feed(checked: Validator, stage: dict[str, Any], key: Key) -> str:
-    """What a stage needs and what it has no use for; returns what it makes."""
-    name = checked.document.named(key)
-    if (stage.get("optimizer") is None) == (stage.get("evaluate") is None):
+def _makes(registry: Registry, stage: dict[str, Any]) -> str:
+    """What a stage makes, as far as it can be told from one that may be wrong elsewhere; "" is unknown."""
+    optimizer = stage.get("optimizer")
+    if optimizer is None:
+        return "evaluation" if stage.get("evaluate") is not None else ""
+    kind = optimizer.get("kind") if isinstance(optimizer, dict) else None
+    specs: Mapping[str, Any] = registry.specs(Optimizer)
+    return str(specs[kind].makes) if isinstance(kind, str) and kind in specs else ""
+
+
+def _check_feed(checked: Validator, stage: StageConfig, key: Key) -> None:
+    """What a stage needs, and what it has no use for."""
+    name = stage.name
+    if (stage.optimizer is None) == (stage.evaluate is None):
         checked.report(key, f"{name} needs one of optimizer and evaluate, and not both")
-        return "policy"
-    if stage.get("evaluate") is not None:
+        return
+    if stage.optimizer is None:
         for unused in _ONLY_WITH_OPTIMIZER:
-            if stage.get(unused) is not None:
+            if getattr(stage, unused) is not None:
                 checked.report((*key, unused), f"{name}.{unused} means nothing to a stage that evaluates; remove it")
-        return "evaluation"
-    spec: Any = checked.registry.specs(Optimizer)[stage["optimizer"]["kind"]]
+        return
+    spec = checked.registry.optimizer(stage.optimizer.kind)
     from_rollouts = spec.feed == "rollouts"
     needed, refused = (("prompts", "reward"), ("data", "validation")) if from_rollouts else (("data",), ("prompts", "reward"))
     for missing in needed:
-        if stage.get(missing) is None:
+        if getattr(stage, missing) is None:
             checked.report(key, f"{name} has no {missing}; optimizer {spec.kind} learns from {spec.feed} and needs it")
     for unused in refused:
-        if stage.get(unused) is not None:
+        if getattr(stage, unused) is not None:
             checked.report((*key, unused), f"{name}.{unused} is not used: optimizer {spec.kind} learns from {spec.feed}; remove it")
-    return str(spec.makes)
 
 
 def _nested(resolved: dict[Key, Any]) -> dict[str, Any]:
@@ -134,5 +142,6 @@ def _nested(resolved: dict[Key, Any]) -> dict[str, Any]:
     return nested
 
 
-def _origins(document: Document, resolved: dict[Key, Any]) -> dict[str, str]:
-    return {document.named(key): document.origin(key) or "default" for key in resolved}
+def _origins(checked: Validator) -> dict[str, str]:
+    document = checked.document
+    return {document.named(key): "default" if key in checked.defaults else document.origin(key) for key in checked.resolved}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
-from alignkit.settings import Component, setting
+from alignkit.settings import Component, PolicyStage, setting
 from alignkit.types import Overlong
 
 
@@ -23,9 +22,9 @@ class StageConfig:
     """One stage: an ``optimizer`` with what feeds it, or an ``evaluate``."""
 
     name: str = setting(doc="the stage's name and folder; other stages refer to it")
-    start: str | None = setting(None, "the earlier stage whose policy this stage starts from; none: the run's own `policy`")
-    reference: str | None = setting(None, "the earlier stage whose policy is the frozen reference; none: where the stage starts")
-    optimizer: Component[Optimizer[Any]] | None = setting(None, "the alignment algorithm")
+    start: PolicyStage | None = setting(None, "the earlier stage whose policy this stage starts from; none: the run's own `policy`")
+    reference: PolicyStage | None = setting(None, "the earlier stage whose policy is the frozen reference; none: where the stage starts")
+    optimizer: Component[Optimizer] | None = setting(None, "the alignment algorithm")  # type: ignore[type-arg]
     data: Component[DataSource] | None = setting(None, "demonstrations or rankings, for an optimizer that learns from them")
     validation: Component[DataSource] | None = setting(None, "held-out rows of the same form as `data`")
     prompts: Component[DataSource] | None = setting(None, "prompts, for an optimizer that learns from rollouts")
@@ -42,7 +41,7 @@ class RunConfig:
 
     name: str = setting(doc="the run's name")
     dir: str = setting("runs/${name}", "the run's folder")
-    seed: int = setting(0, "every random choice of the run follows from it", at_least=0)
+    seed: int = setting(0, "every random choice of the run follows from it", at_least=0, at_most=2**32 - 1)
     threads: int = setting(0, "CPU threads; 0: as many as there are cores", at_least=0)
     policy: Component[Policy] = setting(doc="the model to align")
     stages: tuple[StageConfig, ...] = setting(doc="what is done, in order")

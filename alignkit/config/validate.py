@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from alignkit.config.document import Document, Key
-from alignkit.errors import SettingError
-from alignkit.interfaces import Spec
-from alignkit.registry import Registry
-from alignkit.settings import Component, FilePath, Range, StageName
+from alignkit.errors import PluginError, SettingError
+from alignkit.registry import Registry, did_you_mean
+from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName
 
 WRONG = object()
 """Stands for a value that a problem was reported about."""
 
+_STAGES = {StageName: None, PolicyStage: "policy", RewardStage: "reward_model"}
+"""What a stage must make to be named in a field of this type; None: anything."""
+
 
 @dataclass
 class Validator:
-    """One walk over a document. ``earlier``: the stages that the part being looked at may refer to."""
+    """One walk over a document. ``earlier``: the stages that the part being looked at may refer to, with what each makes ("" is unknown).
+
+    ``resolved``: every value by its key; ``defaults``: the keys that nobody wrote.
+    """
 
     document: Document
     registry: Registry
-    earlier: Sequence[str] = ()
+    earlier: Mapping[str, str] = field(default_factory=dict)
     problems: list[tuple[int, int, str]] = field(default_factory=list)
     resolved: dict[Key, Any] = field(default_factory=dict)
+    defaults: set[Key] = field(default_factory=set)
 
     def report(self, key: Key, message: str) -> Any:
         """Note a problem with the value at ``key``; overridden values are named by their override."""
-        place = self.document.place(key)
-        for n in range(len(key), -1, -1):
-            if key[:n] in self.document.overridden:
-                self.problems.append((0, 0, f'override "{self.document.overridden[key[:n]]}": {message}'))
-                return WRONG
-        self.problems.append((*place, f"{self.document.file}:{place[0]}:{place[1]}: {message}"))
+        self.problems.append((*self.document.place(key), self.document.at(key, message)))
         return WRONG
 
     def wrong(self, key: Key, value: Any, allowed: str) -> Any:
@@ -52,40 +54,44 @@ class Validator:
             return self._optional(kind, value, key)
         if origin is Literal:
             choices = get_args(kind)
-            if value in choices and not isinstance(value, bool):
+            if isinstance(value, str) and value in choices:
+                self.resolved[key] = value
                 return value
-            return self.wrong(key, value, ", ".join(map(str, choices)) + did_you_mean(value, choices))
+            return self.wrong(key, value, ", ".join(choices) + did_you_mean(str(value), choices))
         if origin is tuple:
             if not isinstance(value, list):
                 return self.wrong(key, value, "a list")
+            if not value:
+                self.resolved[key] = []
             items = [self.value(get_args(kind)[0], item, (*key, i)) for i, item in enumerate(value)]
             return WRONG if WRONG in items else tuple(items)
         if origin is Component:
             return self.component(get_args(kind)[0], value, key)
         if dataclasses.is_dataclass(kind):
             return self.dataclass(typing.cast(type, kind), value, key)
-        if kind is StageName:
-            return self._stage(value, key)
+        if kind in _STAGES:
+            return self._stage(value, key, _STAGES[kind])
         if kind is FilePath:
             return self._file(value, key)
         return self._scalar(kind, value, key)
 
     def component(self, interface: type, value: Any, key: Key) -> Any:
         """A mapping with a ``kind`` and that kind's keys."""
-        specs: Mapping[str, Spec] = self.registry.specs(interface)
+        specs = self.registry.specs(interface)
         name = self.document.named(key)
         if not isinstance(value, dict):
-            return self.wrong(key, value, f"a mapping with a kind, such as {{kind: {next(iter(sorted(specs)), '...')}}}")
+            return self.wrong(key, value, f"a mapping with a kind, such as {{kind: {next(iter(specs), '...')}}}")
         kind = value.get("kind")
         if kind is None:
-            return self.report(key, f"{name} has no kind; allowed: {', '.join(sorted(specs))}")
-        if not isinstance(kind, str) or kind not in specs:
-            failed = [f"{failure.name} ({failure.error.splitlines()[0]})" for failure in self.registry.failures]
-            cause = f"; plugins that failed to load: {', '.join(failed)}" if failed else ""
-            allowed = ", ".join(sorted(specs)) or "none is installed"
-            return self.wrong((*key, "kind"), kind, f"{allowed}{did_you_mean(kind, specs)}{cause}")
+            return self.report(key, f"{name} has no kind; allowed: {', '.join(specs)}")
+        if not isinstance(kind, str):
+            return self.wrong((*key, "kind"), kind, ", ".join(specs))
+        try:
+            spec = self.registry.spec(interface, kind)
+        except PluginError as error:
+            return self.report((*key, "kind"), f"{name}.kind: {error}")
         self.resolved[(*key, "kind")] = kind
-        config = self.dataclass(specs[kind].config, {k: v for k, v in value.items() if k != "kind"}, key, besides=("kind",))
+        config = self.dataclass(spec.config, {k: v for k, v in value.items() if k != "kind"}, key, besides=("kind",))
         return WRONG if config is WRONG else Component(kind, config)
 
     def dataclass(self, cls: type, value: Any, key: Key, besides: Iterable[str] = ()) -> Any:
@@ -119,8 +125,8 @@ class Validator:
         try:
             return cls(**made)
         except SettingError as error:
-            where = (*key, *error.key.split("."))
-            return self.report(where, f"{self.document.named(where)} {error.message}")
+            inside = (*key, *(int(part) if re.fullmatch("[0-9]+", part) else part for part in error.key.split(".")))
+            return self.report(inside, f"{self.document.named(inside)} {error.message}")
 
     def _field(self, hint: Any, value: Any, key: Key, f: dataclasses.Field[Any]) -> Any:
         found = self.value(hint, value, key)
@@ -138,34 +144,48 @@ class Validator:
 
     def _scalar(self, kind: Any, value: Any, key: Key) -> Any:
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             value = float(value)
         if type(value) is not kind:
             hint = "; quote it" if kind is str and value is not None and not isinstance(value, dict | list) else ""
             return self.wrong(key, value, words[kind] + hint)
-        if kind is float and value != value:
-            return self.wrong(key, value, "a number")
+        if kind is float and not math.isfinite(value):
+            return self.wrong(key, value, "a finite number")
         self.resolved[key] = value
         return value
 
-    def _stage(self, value: Any, key: Key) -> Any:
+    def _stage(self, value: Any, key: Key, needed: str | None) -> Any:
         if self._scalar(str, value, key) is WRONG:
             return WRONG
-        if value not in self.earlier:
-            earlier = ", ".join(self.earlier) or "none: this is the first stage"
-            return self.wrong(key, value, f"an earlier stage ({earlier}){did_you_mean(value, self.earlier)}")
-        return value
+        if value in self.earlier and (needed is None or self.earlier[value] in (needed, "")):
+            return value
+        name = self.document.named(key)
+        usable = [stage for stage, makes in self.earlier.items() if needed is None or makes in (needed, "")]
+        what = f"an earlier stage that makes a {_spaced(needed)}" if needed else "an earlier stage"
+        allowed = f"allowed: {what} ({', '.join(usable) or 'there is none'})"
+        if value in self.earlier:
+            return self.report(key, f'{name} is "{value}", which makes {_spaced(self.earlier[value], article=True)}; {allowed}')
+        stages = self.document.values.get("stages")
+        later = any(isinstance(stage, dict) and stage.get("name") == value for stage in (stages if isinstance(stages, list) else []))
+        why = "which does not come before this one" if later else f"which is not a stage{did_you_mean(value, usable)}"
+        return self.report(key, f'{name} is "{value}", {why}; {allowed}')
 
     def _file(self, value: Any, key: Key) -> Any:
         if self._scalar(str, value, key) is WRONG:
             return WRONG
-        beside = Path(self.document.file).parent
-        for candidate in (Path(value), beside / value):
-            if candidate.exists():
-                return str(candidate.resolve())
-        near = difflib.get_close_matches(Path(value).name, [p.name for p in (beside / value).parent.glob("*")], n=1)
-        hint = f'; did you mean "{Path(value).with_name(near[0])}"?' if near else ""
-        return self.report(key, f"{self.document.named(key)} is {shown(value)}: no such file here or beside the config{hint}")
+        if not value:
+            return self.wrong(key, value, "the path of a file or folder that is there")
+        path, beside = Path(value), Path(self.document.file).parent / value
+        try:
+            found = next((candidate.resolve() for candidate in (path, beside) if candidate.exists()), None)
+            near = [] if found else [other.name for other in beside.parent.glob("*")]
+        except OSError as error:
+            return self.report(key, f"{self.document.named(key)} is {shown(value[:200])}: {error.strerror}")
+        if found is None:
+            return self.report(
+                key, f"{self.document.named(key)} is {shown(value)}: no such file here or beside the config{did_you_mean(path.name, near)}"
+            )
+        return str(found)
 
     def _note_default(self, key: Key, default: Any) -> None:
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
@@ -173,12 +193,12 @@ class Validator:
                 self._note_default((*key, f.name), getattr(default, f.name))
         else:
             self.resolved[key] = list(default) if isinstance(default, tuple) else default
+            self.defaults.add(key)
 
 
-def did_you_mean(found: Any, names: Iterable[Any]) -> str:
-    """``; did you mean "x"?`` for the name that is nearest, if one is near."""
-    near = difflib.get_close_matches(str(found), list(map(str, names)), n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""
+def _spaced(makes: str, *, article: bool = False) -> str:
+    words = makes.replace("_", " ")
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if article else words
 
 
 def shown(value: Any) -> str:
@@ -189,4 +209,6 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
-    return {dict: "a mapping", list: "a list"}.get(type(value), str(value))
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return str(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.interfaces import DataSource, Evaluator, EvaluatorSpec, RewardSource
-from alignkit.settings import Component, StageName, setting
+from alignkit.settings import Component, PolicyStage, setting
 
 if TYPE_CHECKING:
     from alignkit.context import Context
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class WinRateConfig:
     """Two policies answer the same prompts with the same noise; a judge scores both."""
 
-    candidate: StageName = setting(doc="the stage whose policy is after")
-    baseline: StageName = setting(doc="the stage whose policy is before")
+    candidate: PolicyStage = setting(doc="the stage whose policy is after")
+    baseline: PolicyStage = setting(doc="the stage whose policy is before")
     judge: Component[RewardSource] = setting(doc="what scores the answers; better not what the candidate was trained on")
     prompts: Component[DataSource] = setting(doc="held-out prompts")
     judge_data: Component[DataSource] | None = setting(

@@ -9,9 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from alignkit.interfaces import DataSource, DataSpec, RewardSource, RewardSpec, Row, Spec, State, Stateful
+from alignkit.interfaces import Artifact, DataSource, DataSpec, RewardSource, RewardSpec, Row, Spec, State, Stateful
 from alignkit.registry import Registry, find_plugins
 from alignkit.testing.fakes import example_samples, make_context
 from alignkit.testing.imports import assert_light
@@ -23,14 +24,14 @@ class Conformance:
     """What every plugin must do.
 
     ``config`` is an instance of the spec's dataclass that can be built. ``wrong`` are settings that must be refused, each laid over
-    ``config``: ``{"target_words": 0}``. ``earlier`` are the names of the stages that ``config`` refers to.
+    ``config``: ``{"target_words": 0}``. ``earlier`` are the stages that ``config`` refers to, with what each makes.
     """
 
     interface: ClassVar[type]
     spec: Spec
     config: Any
     wrong: Sequence[Mapping[str, Any]] = ()
-    earlier: Sequence[str] = ()
+    earlier: Mapping[str, Artifact] = MappingProxyType({})
 
     def registry(self) -> Registry:
         """Where kinds are looked up: what is installed, your package included."""

@@ -54,7 +54,7 @@ class OptimizerConformance(Conformance):
 
     def test_the_plan_is_made_without_torch(self) -> None:
         """``alignkit check`` shows the plan in an instant."""
-        run_fresh(_PLAN, json.dumps([self.spec.kind, plain(self.config), list(self.earlier)]))
+        run_fresh(_PLAN, json.dumps([self.spec.kind, plain(self.config), dict(self.earlier)]))
 
     def test_an_update_learns_and_says_so_in_finite_figures(self, tmp_path: Path) -> None:
         """Metrics are named ``area/name`` and finite, and the state has changed."""

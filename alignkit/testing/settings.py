@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
 
 from alignkit.errors import AlignkitError
 from alignkit.interfaces import (
+    Artifact,
     DataSource,
     DataSpec,
     Evaluator,
@@ -30,7 +32,7 @@ from alignkit.types import Plan, Sampling
 FILLER = "conformance_filler"
 """The kind of the parts around the one that is looked at."""
 
-_DATA_STAGE = {"optimizer": {"kind": f"{FILLER}_demonstrations"}, "data": {"kind": FILLER}}
+_DATA_STAGE = {"optimizer": {"kind": f"{FILLER}_policy"}, "data": {"kind": FILLER}}
 _ROLLOUT_STAGE = {"optimizer": {"kind": f"{FILLER}_rollouts"}, "prompts": {"kind": FILLER}, "reward": {"kind": FILLER}}
 
 
@@ -50,10 +52,12 @@ def plain(config: Any) -> Any:
     return config
 
 
-def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Sequence[str] = ()) -> Any:
+def parsed(
+    interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Mapping[str, Artifact] = MappingProxyType({})
+) -> Any:
     """The validated dataclass that a config file with ``{kind: kind, **settings}`` makes. Raises ``AlignkitError``.
 
-    ``earlier``: names of stages that come before, for settings that refer to one.
+    ``earlier``: stages that come before, with what each makes, for settings that refer to one.
     """
     import yaml
 
@@ -76,7 +80,9 @@ def parsed(interface: type, kind: str, settings: Mapping[str, Any], registry: Re
     return places[interface].config
 
 
-def refusal(interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Sequence[str] = ()) -> str | None:
+def refusal(
+    interface: type, kind: str, settings: Mapping[str, Any], registry: Registry, earlier: Mapping[str, Artifact] = MappingProxyType({})
+) -> str | None:
     """The message with which a config file with these settings is refused; None when it is accepted."""
     try:
         parsed(interface, kind, settings, registry, earlier)
@@ -85,13 +91,13 @@ def refusal(interface: type, kind: str, settings: Mapping[str, Any], registry: R
     return None
 
 
-def _run(interface: type, part: Mapping[str, Any], registry: Registry, earlier: Sequence[str]) -> dict[str, Any]:
+def _run(interface: type, part: Mapping[str, Any], registry: Registry, earlier: Mapping[str, Artifact]) -> dict[str, Any]:
     """The smallest run with ``part`` in its place, which is in the last stage if it is in a stage."""
     last = {"name": "conformance_stage", **_parts_of_stage(interface, part, registry)}
     run: dict[str, Any] = {
         "name": "conformance",
         "policy": part if interface is Policy else {"kind": "tiny_lm"},
-        "stages": [*({"name": name, **_DATA_STAGE} for name in earlier), last],
+        "stages": [*({"name": name, **_DATA_STAGE, "optimizer": {"kind": f"{FILLER}_{makes}"}} for name, makes in earlier.items()), last],
     }
     return {**run, "trackers": [part]} if interface is Tracker else run
 
@@ -110,13 +116,16 @@ def _parts_of_stage(interface: type, part: Mapping[str, Any], registry: Registry
 
 def _with_fillers(registry: Registry) -> Registry:
     """The registry, and parts that do nothing to stand around the one that is looked at."""
-    feeds: tuple[Feed, ...] = ("demonstrations", "rollouts")
+    optimizers: list[tuple[str, Feed, Artifact]] = [(makes, "demonstrations", makes) for makes in get_args(Artifact)]
+    optimizers.append(("rollouts", "rollouts", "policy"))
     specs: dict[type, tuple[Spec, ...]] = {
         RewardSource: (RewardSpec(kind=FILLER, summary="", config=_Nothing, build=lambda config, context: CountingReward()),),
         DataSource: (DataSpec(kind=FILLER, summary="", config=_Nothing, build=lambda config: ListSource([])),),
         Optimizer: tuple(
-            OptimizerSpec(kind=f"{FILLER}_{feed}", summary="", config=_Nothing, feed=feed, plan=_plan, build=lambda config, context: None)
-            for feed in feeds
+            OptimizerSpec(
+                kind=f"{FILLER}_{name}", summary="", config=_Nothing, feed=feed, makes=makes, plan=_plan, build=lambda config, context: None
+            )
+            for name, feed, makes in optimizers
         ),
     }
     return Registry((*registry.plugins, PluginInfo(FILLER, "alignkit.testing", "", specs)), registry.failures)

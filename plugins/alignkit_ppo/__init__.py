@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignkit.adamw import AdamWConfig
-from alignkit.api import Context, OnlineOptimizer, OptimizerSpec, Plan, Sampling, SettingError, StageName, hookimpl, setting
+from alignkit.api import Context, OnlineOptimizer, OptimizerSpec, Plan, RewardStage, Sampling, SettingError, hookimpl, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class KLConfig:
 class CriticConfig(AdamWConfig):
     """The value model: its own network and its own learner."""
 
-    init: StageName | None = setting(None, "the stage whose reward model the critic starts from; none: the policy's backbone, a new head")
+    init: RewardStage | None = setting(None, "the stage whose reward model the critic starts from; none: the policy's backbone, a new head")
     learning_rate: float = setting(9e-6, "peak learning rate", above=0.0)
     epsilon: float = setting(1e-5, "AdamW's epsilon", above=0.0)
     clip: float | None = setting(

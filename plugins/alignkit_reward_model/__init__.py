@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignkit.adamw import AdamWConfig
-from alignkit.api import Context, OfflineOptimizer, OptimizerSpec, Plan, RankedRows, RewardSource, RewardSpec, StageName, hookimpl, setting
+from alignkit.api import (
+    Context,
+    OfflineOptimizer,
+    OptimizerSpec,
+    Plan,
+    RankedRows,
+    RewardSource,
+    RewardSpec,
+    RewardStage,
+    hookimpl,
+    setting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,7 @@ class RewardModelConfig(AdamWConfig):
 class TrainedRewardConfig:
     """A reward model that an earlier stage trained."""
 
-    stage: StageName = setting(doc="the stage whose reward model scores")
+    stage: RewardStage = setting(doc="the stage whose reward model scores")
 
 
 def plan(config: RewardModelConfig, rows: int) -> Plan:

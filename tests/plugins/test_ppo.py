@@ -141,21 +141,22 @@ def test_the_adaptive_coefficient_moves_after_the_update_towards_the_target(tmp_
 
 
 def test_it_learns_to_say_what_is_rewarded_and_a_strong_penalty_holds_it_back(tmp_path: Path) -> None:
-    def final(coef: float) -> tuple[float, float, float]:
+    def learnt(coef: float) -> tuple[list[float], float]:
         config = replace(
-            SMALL, iterations=25, prompts=6, samples_per_prompt=8, minibatches=2, learning_rate=3e-3, kl=KLConfig(coef=coef),
-            critic=CriticConfig(learning_rate=3e-3),
+            SMALL, iterations=30, samples_per_prompt=16, minibatches=4, learning_rate=1e-2, decay="constant", kl=KLConfig(coef=coef),
+            critic=CriticConfig(learning_rate=1e-2, decay="constant"),
         )  # fmt: skip
         ppo = make(tmp_path, config)
         figures = [ppo.update(scored(ppo, config, step)) for step in range(config.iterations)]
-        return figures[0]["reward/score_mean"], figures[-1]["reward/score_mean"], figures[-1]["kl/sequence_nats"]
+        return [step["reward/score_mean"] for step in figures], figures[-1]["kl/sequence_nats"]
 
-    start, end, kl = final(0.0)
-    assert end > 3 * max(start, 0.1)
-    assert kl > 1.0
-    _, held, small = final(100.0)
-    assert small < 0.1
-    assert held < end
+    free, far = learnt(0.0)
+    held, near = learnt(100.0)
+    assert free[0] < 0.2
+    assert free[-1] > 4.0  # of 8 tokens, half at least say it
+    assert 1.0 < far < 100.0
+    assert near < 0.3
+    assert held[-1] < 0.2
 
 
 def test_lora_shares_its_base_with_the_reference(tmp_path: Path) -> None:
