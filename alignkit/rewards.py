@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import PluginError, RunError, SettingError
-from alignkit.interfaces import RewardSource
+from alignkit.interfaces import RewardSource, State, Stateful
 from alignkit.settings import Component, setting
 from alignkit.types import Sample, Score
 
@@ -45,6 +45,8 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
+        if any("/" in name or "." in name for name in names):
+            raise SettingError("parts", "has a name with / or . in it; names are part of metrics' names")
         if not names:
             raise SettingError("parts", "is empty; name at least one part")
         if len(set(names)) < len(names):
@@ -85,6 +87,19 @@ class MixedReward:
         """One sum a sample; no verdict of a part is no verdict of the mix."""
         verdicts = {name: source.score(samples) for name, (_, source) in self._parts.items()}
         return [self._sum({name: scores[i] for name, scores in verdicts.items()}) for i in range(len(samples))]
+
+    def state(self) -> State:
+        """The states of those parts that have one."""
+        states = {name: source.state() for name, (_, source) in self._parts.items() if isinstance(source, Stateful)}
+        tensors = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
+        return State(tensors, {name: dict(state.values) for name, state in states.items()})
+
+    def load_state(self, state: State) -> None:
+        """Give each part its own back."""
+        for name, (_, source) in self._parts.items():
+            if isinstance(source, Stateful):
+                tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in state.tensors.items() if key.startswith(f"{name}/")}
+                source.load_state(State(tensors, state.values[name]))
 
     def _sum(self, scores: Mapping[str, Score]) -> Score:
         parts = {name: score.value for name, score in scores.items() if score.value is not None}

@@ -99,6 +99,8 @@ class StageRunner:
         reward = context.build_reward(stage.reward) if stage.reward else None
 
         parts: dict[str, Stateful] = {"optimizer": optimizer, "order": order}
+        if isinstance(reward, Stateful):
+            parts["reward"] = reward
         first = self._resume(stage, folder, parts)
         metrics = MetricsFile(folder / "metrics.jsonl")
         metrics.cut(first)

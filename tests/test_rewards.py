@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import PluginError, RunError, SettingError
+from alignkit.interfaces import State
 from alignkit.rewards import MixConfig, MixedReward, PythonConfig, PythonReward
 from alignkit.types import Message, Prompt, Sample, Score
 
@@ -85,3 +86,29 @@ def test_a_mix_without_one_of_its_parts_has_no_verdict() -> None:
 def test_a_mix_needs_parts_with_names_of_their_own() -> None:
     with pytest.raises(SettingError, match="is empty"):
         MixConfig(parts=())
+
+
+class Remembering(Fixed):
+    """Scores with how many samples it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        self.seen += len(samples)
+        return [Score(float(self.seen)) for _ in samples]
+
+    def state(self) -> State:
+        return State(values={"seen": self.seen})
+
+    def load_state(self, state: State) -> None:
+        self.seen = state.values["seen"]
+
+
+def test_a_mix_keeps_what_its_parts_remember() -> None:
+    mix = MixedReward({"old": (1.0, Remembering()), "fixed": (1.0, Fixed(1.0))})
+    for _ in range(3):
+        mix.score(samples("a"))
+    again = MixedReward({"old": (1.0, Remembering()), "fixed": (1.0, Fixed(1.0))})
+    again.load_state(mix.state())
+    assert again.score(samples("a"))[0].value == mix.score(samples("a"))[0].value == 5.0

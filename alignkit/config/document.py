@@ -49,6 +49,11 @@ class Document:
         for n in range(len(key), -1, -1):
             if key[:n] in self.overridden:
                 return f'override "{self.overridden[key[:n]]}": {message}'
+        if key not in self.places:
+            # Nobody wrote it in the file: it may have come into being by an override of something inside it.
+            for inner, text in self.overridden.items():
+                if inner[: len(key)] == key:
+                    return f'override "{text}": {message}'
         line, column = self.place(key)
         return f"{self.file}:{line}:{column}: {message}"
 
@@ -123,6 +128,9 @@ def override(document: Document, text: str) -> str | None:
         return f'override "{text}": {key}'
     target: Any = document.values
     for depth, part in enumerate(key):
+        if isinstance(target, list) and re.fullmatch("[0-9]{1,9}", str(part)):
+            part = int(part)
+            key = (*key[:depth], part, *key[depth + 1 :])
         if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
             return f'override "{text}": {document.named(key[:depth])} has no entry {part}; it has {len(target)}, counted from 0'
         if not isinstance(target, dict | list):
@@ -142,7 +150,7 @@ def override(document: Document, text: str) -> str | None:
 
 def _key(document: Document, dotted: str) -> Key | str:
     """The place that a dotted name means: its first part is a top-level key or a stage; or what is wrong with it."""
-    parts: list[str | int] = [int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in dotted.split(".")]
+    parts = dotted.split(".")
     stages = document.values.get("stages")
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages] if isinstance(stages, list) else []
     if parts[0] in names:
@@ -152,7 +160,7 @@ def _key(document: Document, dotted: str) -> Key | str:
     keys = [f.name for f in fields(RunConfig)]
     if len(parts) > 1 and parts[0] not in keys:
         known = [name for name in [*names, *keys] if isinstance(name, str)]
-        return f'there is no stage or key "{parts[0]}"{did_you_mean(str(parts[0]), known)}; stages: {", ".join(map(str, names)) or "none"}'
+        return f'there is no stage or key "{parts[0]}"{did_you_mean(parts[0], known)}; stages: {", ".join(map(str, names)) or "none"}'
     return tuple(parts)
 
 

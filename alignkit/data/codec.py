@@ -4,55 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
-from alignkit.errors import DataError
+import jinja2
+
+from alignkit.errors import DataError, ModelError
 from alignkit.types import Demonstration, Message, Prompt, RankedRows, Ranking, Sample, TokenRow
 
+# Newlines stand inside expressions: transformers renders with trim_blocks, which swallows one that follows a block.
 DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{{ (eos_token if message['role'] == 'assistant' else '<|im_end|>') + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """For base models that have none: ChatML, the assistant's turn ended by the tokenizer's own end-of-sequence token, which needs no new
 embedding. Where the tokenizer does not know ``<|im_start|>`` and ``<|im_end|>``, they are ordinary text."""
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
 
 class TemplateCodec:
-    """A tokenizer with its chat template. ``stop_ids``: ids that end a response, the one that is trained and appended first."""
+    """A tokenizer with its chat template. ``stop_ids``: ids that end a response, the one that is appended to plain text first."""
 
     def __init__(self, tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        facts = {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map, "stop": stop_ids}
+        self._template = _template(tokenizer)
+        # What the tokenizer puts before any text: BOS, for some. What it puts after is left out, a prompt is there to be continued.
+        letter = self._tokens("a")
+        self._opening = tuple(takewhile(lambda i: i not in letter, tokenizer("a").input_ids))
+        facts = {"template": self._template, "special": tokenizer.special_tokens_map, "stop": stop_ids}
         self.template_hash = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids that end where the response begins."""
         if prompt.plain:
-            return tuple(self.tokenizer(prompt.messages[0].content).input_ids)
-        return self._tokens(self._render(prompt.messages, add_generation_prompt=True))
+            return self._opened(prompt.messages[0].content)
+        return self._tokens(self._render(prompt.messages, answer=True))
 
     def demonstration(self, demonstration: Demonstration) -> TokenRow:
-        """The whole conversation; each assistant turn of the completion is trained, up to and including its end-of-turn token."""
-        prompt = demonstration.prompt
-        if prompt.plain:
-            return self._plain(prompt, demonstration.completion[0].content)
-        messages = (*prompt.messages, *demonstration.completion)
-        turns = [i for i in range(len(prompt.messages), len(messages)) if messages[i].role == "assistant"]
-        if not turns:
-            raise DataError(f"demonstration {prompt.id!r} has no assistant turn in its completion, so nothing would be trained")
-        ids = self._tokens(self._render(messages))
-        mask = self._by_template(messages, ids, first=len(prompt.messages)) or self._by_prefix(messages, ids, turns)
-        return TokenRow(prompt.id, ids, tuple(mask))
+        """The conversation up to its last trained token; each assistant turn of the completion is trained, its end-of-turn token included.
+
+        Raises ``DataError`` where the chat template refuses the conversation, or where nothing would be trained.
+        """
+        prompt, completion = demonstration.prompt, demonstration.completion
+        ids, mask = self._continuation(prompt, completion[0].content) if prompt.plain else self._conversation(prompt, completion)
+        # Nothing comes before the first token, so nothing can predict it.
+        if not any(mask[1:]):
+            raise DataError("no token of it would be trained; it needs an assistant turn that the chat template prints")
+        # Nothing learns from what follows the last trained token, and a reward is read at the last token: it must be the stop token.
+        end = len(mask) - mask[::-1].index(True)
+        return TokenRow(prompt.id, ids[:end], tuple(mask[:end]))
 
     def ranked(self, ranking: Ranking) -> RankedRows:
         """One row a response."""
-        rows = tuple(self.sample(Sample(ranking.prompt, response)) for response in ranking.responses)
         return RankedRows(
-            ranking.prompt.id, rows, ranking.ranks, ranking.labeler, ranking.weight, ranking.margin, ranking.preference
-        )  # fmt: skip
+            id=ranking.prompt.id,
+            rows=tuple(self.sample(Sample(ranking.prompt, response)) for response in ranking.responses),
+            ranks=ranking.ranks,
+            labeler=ranking.labeler,
+            weight=ranking.weight,
+            margin=ranking.margin,
+            preference=ranking.preference,
+        )
 
     def sample(self, sample: Sample) -> TokenRow:
         """Prompt and response, always ended by the stop token: a reward is for the text as it stands, finished or not."""
@@ -60,56 +77,103 @@ class TemplateCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response tokens, special tokens left out."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _plain(self, prompt: Prompt, completion: str) -> TokenRow:
-        """Text continued. The boundary is where the tokens of prompt and of prompt + completion part: a merge may cross the border."""
-        before = self.prompt(prompt)
-        ids = tuple(self.tokenizer(prompt.messages[0].content + completion).input_ids)
-        if ids[-1] not in self.stop_ids:
-            ids = (*ids, self.stop_ids[0])
-        shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        return TokenRow(prompt.id, ids, (False,) * shared + (True,) * (len(ids) - shared))
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of any tokens, special tokens included, for people to read."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
-    def _by_template(self, messages: Sequence[Message], ids: tuple[int, ...], first: int) -> list[bool] | None:
-        """The mask that a template's ``{% generation %}`` blocks give; None where it has none."""
-        if "generation %}" not in self.tokenizer.chat_template.replace("- %}", " %}").replace("-%}", " %}"):
-            return None
-        out = self.tokenizer.apply_chat_template(
-            _dicts(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
-        )
+    def _continuation(self, prompt: Prompt, completion: str) -> tuple[tuple[int, ...], list[bool]]:
+        """Plain text, continued. The boundary is where the tokens of prompt and of prompt + completion part: a merge may cross it."""
+        ids = self._opened(prompt.messages[0].content + completion)
+        start = _shared(self.prompt(prompt), ids)
+        if start == len(ids) or ids[-1] not in self.stop_ids:
+            ids = (*ids, self.stop_ids[0])
+        return ids, [i >= start for i in range(len(ids))]
+
+    def _conversation(self, prompt: Prompt, completion: Sequence[Message]) -> tuple[tuple[int, ...], list[bool]]:
+        messages = (*prompt.messages, *completion)
+        turns = [i for i in range(len(prompt.messages), len(messages)) if messages[i].role == "assistant"]
+        ids = self._tokens(self._render(messages))
+        if not turns:
+            return ids, [False] * len(ids)
+        by_blocks = _GENERATION.search(self._template or "")
+        return ids, self._by_blocks(messages, ids, turns[0]) if by_blocks else self._by_prefix(messages, ids, turns)
+
+    def _by_blocks(self, messages: Sequence[Message], ids: tuple[int, ...], first: int) -> list[bool]:
+        """What the template's ``{% generation %}`` blocks print, from turn ``first`` on."""
+        out = self.tokenizer.apply_chat_template(_dicts(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         if tuple(out["input_ids"]) != ids:
             raise DataError("the chat template gives other tokens with its generation mask than without; its mask cannot be used")
-        start = len(self._tokens(self._render(messages[:first], add_generation_prompt=False))) if first else 0
-        return [bool(counts) and i >= start for i, counts in enumerate(out["assistant_masks"])]
-
-    def _by_prefix(self, messages: Sequence[Message], ids: tuple[int, ...], turns: Sequence[int]) -> list[bool]:
-        """Each turn lies between the rendering of all before it, with the generation prompt, and the rendering that includes it."""
-        mask = [False] * len(ids)
-        for turn in turns:
-            start = _shared(self._tokens(self._render(messages[:turn], add_generation_prompt=True)), ids)
-            end = _shared(self._tokens(self._render(messages[: turn + 1])), ids)
-            # What the template prints after the end-of-turn token (a newline) is the next turn's affair.
-            stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
-            stop = stops[-1] + 1 if stops else end
-            mask[start:stop] = [True] * (stop - start)
-        if not any(mask):
-            raise DataError("the chat template leaves no trace of the assistant's turns; use one that renders them in order")
+        start = self._start(messages, ids, first)
+        mask = [bool(counts) and i >= start for i, counts in enumerate(out["assistant_masks"])]
+        for begin, end in _runs(mask):
+            # The end-of-turn token is trained even if it stands right after the block; a newline after it is not, even inside.
+            stops = [i + 1 for i in range(begin, min(end + 1, len(ids))) if ids[i] in self.stop_ids]
+            stop = stops[-1] if stops else end
+            mask[begin : max(end, stop)] = [True] * (stop - begin) + [False] * (end - stop)
+        if any(mask) and ids[_runs(mask)[-1][1] - 1] not in self.stop_ids:
+            raise self._endless()
         return mask
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
+    def _by_prefix(self, messages: Sequence[Message], ids: tuple[int, ...], turns: Sequence[int]) -> list[bool]:
+        """Each turn begins where the rendering of all before it, with the generation prompt, ends, and ends with its stop token."""
+        mask = [False] * len(ids)
+        starts = [self._start(messages, ids, turn) for turn in turns]
+        for turn, start, following in zip(turns, starts, [*starts[1:], len(ids)], strict=True):
+            # A rendering that ends with this turn is no guide to its end: templates may print a last turn in another way.
+            stops = [i for i in range(start, following) if ids[i] in self.stop_ids]
+            inside = sum(i in self.stop_ids for i in self._tokens(messages[turn].content))
+            if len(stops) <= inside:
+                raise self._endless()
+            mask[start : stops[inside] + 1] = [True] * (stops[inside] + 1 - start)
+        return mask
+
+    def _start(self, messages: Sequence[Message], ids: tuple[int, ...], turn: int) -> int:
+        return _shared(self._tokens(self._render(messages[:turn], answer=True)), ids)
+
+    def _endless(self) -> DataError:
+        stops = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)))
+        return DataError(
+            f"the chat template does not end the assistant's turn with a stop token ({stops}), so the model would never learn to stop; "
+            "set policy.chat_template: default, or name a file with a template that does"
+        )
+
+    def _render(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        """The conversation as text; with ``answer``, up to where the assistant's next turn begins."""
+        if not self._template:
             raise DataError(
                 "the data holds conversations, but the model's tokenizer has no chat template; "
                 "set policy.chat_template: default, or name a file that holds one"
             )
-        text: str = self.tokenizer.apply_chat_template(_dicts(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        if not messages:
+            raise DataError("the conversation begins with the assistant's turn; a response needs something to answer")
+        try:
+            text: str = self.tokenizer.apply_chat_template(_dicts(messages), tokenize=False, add_generation_prompt=answer)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(f"the chat template refuses the conversation ({roles}): {error}") from error
         return text
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        # The template has written every special token already; the tokenizer would add a second BOS.
+        # The chat template has written every special token already; the tokenizer would add a second BOS.
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _opened(self, text: str) -> tuple[int, ...]:
+        """Plain text after what the tokenizer puts before any text, which some texts bring along."""
+        ids = self._tokens(text)
+        return ids if ids[: len(self._opening)] == self._opening else self._opening + ids
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The template of conversations. A tokenizer may have several by name; those for tools and documents are not for us."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict) and "default" not in found:
+        raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has the chat templates {sorted(found)} and none named default")
+    template: str | None = found["default"] if isinstance(found, dict) else found
+    return template
 
 
 def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -119,3 +183,9 @@ def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
+    """Begin and end of each stretch of True."""
+    edges = [i for i in range(len(mask) + 1) if (i > 0 and mask[i - 1]) != (i < len(mask) and mask[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from alignkit.data.codec import TemplateCodec
+from alignkit.data.sources import shown
 from alignkit.errors import DataError
 from alignkit.interfaces import Codec
 from alignkit.types import Demonstration, Overlong, Prompt, PromptRow, RankedRows, Ranking, TokenRow
@@ -75,7 +76,7 @@ def encode_prompts(codec: Codec, records: Sequence[Prompt], *, max_length: int, 
     def row(prompt: Prompt) -> PromptRow:
         ids = codec.prompt(prompt)
         if not ids:
-            raise DataError(f"prompt {prompt.id!r} has no token at all; a response needs something to follow")
+            raise DataError("it has no token at all; a response needs something to follow")
         return PromptRow(prompt, ids)
 
     return _encode(records, row, lambda row, n: replace(row, ids=row.ids[-n:]), lambda row: len(row.ids), max_length, overlong, "prompt")
@@ -92,15 +93,19 @@ def _encode(
 ) -> Encoded[Out]:
     tally, rows = _Tally(), []
     for record in records:
-        row = encode(record)
-        name = record.id if isinstance(record, Prompt) else record.prompt.id
+        prompt = record if isinstance(record, Prompt) else record.prompt
+        name, place = prompt.id, f"{noun} {prompt.id!r} ({shown(prompt.messages[-1].content, 60)})"
+        try:
+            row = encode(record)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         if length(row) <= max_length:
             tally.kept += 1
             rows.append(row)
             continue
         if overlong == "error":
             raise DataError(
-                f"{noun} {name!r} has {length(row)} tokens, more than max_length {max_length}; "
+                f"{place}: it has {length(row)} tokens, more than max_length {max_length}; "
                 "raise max_length, or set overlong: drop or overlong: truncate (both are counted in the manifest)"
             )
         short = shorten(row, max_length) if overlong == "truncate" else None

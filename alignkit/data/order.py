@@ -38,10 +38,15 @@ class Order:
         return order
 
     def state(self) -> State:
-        """Epoch and cursor; the permutation follows from them."""
-        return State(values={"epoch": self._epoch, "cursor": self._cursor})
+        """Epoch and cursor; the permutation follows from them and from the number of rows."""
+        return State(values={"epoch": self._epoch, "cursor": self._cursor, "rows": self._size})
 
     def load_state(self, state: State) -> None:
-        """Continue from ``state``."""
+        """Continue from ``state``. Raises ``DataError`` when it was taken with another number of rows: their order is another one."""
+        if state.values["rows"] != self._size:
+            raise DataError(
+                f"{self._name}: there are {self._size} rows, and there were {state.values['rows']} when this stage was interrupted; "
+                "put the data back as it was, or start anew (alignkit run --fresh)"
+            )
         self._epoch, self._cursor = state.values["epoch"], state.values["cursor"]
         self._permutation = self._permuted()

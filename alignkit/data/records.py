@@ -14,21 +14,23 @@ from alignkit.interfaces import Row
 from alignkit.types import Demonstration, Message, Prompt, Ranking
 
 ROLES = ("system", "user", "assistant", "tool")
-_OWN_COLUMNS = frozenset(
-    ["id", "prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks", "labeler", "weight", "margin", "preference"]
-)
+
+# The columns that each form reads; a prompt's metadata holds the others.
+_DEMONSTRATION = frozenset({"id", "prompt", "completion", "messages"})
+_RANKING = frozenset({"id", "prompt", "chosen", "rejected", "responses", "ranks", "labeler", "weight", "margin", "preference"})
+_PROMPT = frozenset({"id", "prompt", "messages"})
 
 
 def demonstrations(rows: Sequence[Row]) -> list[Demonstration]:
     """``prompt`` + ``completion`` (plain or conversational), or ``messages`` (every assistant turn is trained)."""
     found, names = [], _Names()
     for row in rows:
-        if "messages" in row.values:
-            messages = _messages(row, "messages")
+        if row.values.get("messages") is not None:
+            messages = _messages(row, "messages", row.values["messages"])
             first = next((i for i, message in enumerate(messages) if message.role == "assistant"), None)
             if first is None:
                 raise _error(row, "messages has no assistant turn, so there is nothing to learn")
-            prompt = _prompt(row, messages[:first], plain=False, names=names)
+            prompt = _prompt(row, messages[:first], plain=False, names=names, read=_DEMONSTRATION)
             found.append(Demonstration(prompt, messages[first:]))
             continue
         _need(row, ("prompt", "completion"), ("messages",))
@@ -38,7 +40,7 @@ def demonstrations(rows: Sequence[Row]) -> list[Demonstration]:
             raise _error(row, "prompt and completion must be of one form: both text, or both lists of messages")
         if completion[-1].role != "assistant":
             raise _error(row, f'completion ends with a turn of "{completion[-1].role}"; its last turn must be the assistant\'s')
-        found.append(Demonstration(_prompt(row, messages, plain=plain, names=names), completion))
+        found.append(Demonstration(_prompt(row, messages, plain=plain, names=names, read=_DEMONSTRATION), completion))
     return found
 
 
@@ -46,10 +48,10 @@ def rankings(rows: Sequence[Row]) -> list[Ranking]:
     """``prompt`` + ``responses`` + ``ranks``, or ``prompt`` + ``chosen`` + ``rejected``; a prompt may be inside chosen and rejected."""
     found, names = [], _Names()
     for row in rows:
-        if "responses" in row.values:
+        if row.values.get("responses") is not None:
             _need(row, ("prompt", "responses", "ranks"))
             messages, plain = _text_or_messages(row, "prompt")
-            responses = _responses(row)
+            responses = _responses(row, plain=plain)
             ranks = _ranks(row, len(responses))
         else:
             _need(row, ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "responses", "ranks"))
@@ -58,7 +60,7 @@ def rankings(rows: Sequence[Row]) -> list[Ranking]:
         labeler = row.values.get("labeler")
         found.append(
             Ranking(
-                prompt=_prompt(row, messages, plain=plain, names=names),
+                prompt=_prompt(row, messages, plain=plain, names=names, read=_RANKING),
                 responses=responses,
                 ranks=ranks,
                 labeler=None if labeler is None else str(labeler),
@@ -75,10 +77,8 @@ def prompts(rows: Sequence[Row]) -> list[Prompt]:
     found, names = [], _Names()
     for row in rows:
         _need(row, ("prompt",), ("messages",))
-        messages, plain = _text_or_messages(row, "prompt" if "prompt" in row.values else "messages")
-        if messages[-1].role == "assistant":
-            raise _error(row, "the prompt ends with an assistant turn; leave out the answer, it is to be drawn")
-        found.append(_prompt(row, messages, plain=plain, names=names))
+        messages, plain = _text_or_messages(row, "prompt" if row.values.get("prompt") is not None else "messages")
+        found.append(_prompt(row, messages, plain=plain, names=names, read=_PROMPT))
     return found
 
 
@@ -110,48 +110,62 @@ class _Names:
         return key if self._repeats[key] == 1 else f"{key}-{self._repeats[key]}"
 
 
-def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Names) -> Prompt:
-    metadata = {key: value for key, value in row.values.items() if key not in _OWN_COLUMNS}
+def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Names, read: frozenset[str]) -> Prompt:
+    if not messages:
+        raise _error(row, "the conversation begins with an assistant turn; a response needs something to answer")
+    if messages[-1].role == "assistant":
+        raise _error(row, "the prompt ends with an assistant turn; it must end with the turn to be answered, the answer is no part of it")
+    metadata = {key: value for key, value in row.values.items() if key not in read}
     return Prompt(names.of(row, messages), messages, plain=plain, metadata=metadata)
 
 
 def _comparison(row: Row) -> tuple[tuple[Message, ...], bool, tuple[str, ...]]:
+    """The prompt, whether it is plain text, and the two answers, the better one first."""
     chosen, plain = _text_or_messages(row, "chosen", role="assistant")
     rejected, plain_rejected = _text_or_messages(row, "rejected", role="assistant")
     if plain != plain_rejected:
         raise _error(row, "chosen and rejected must be of one form: both text, or both lists of messages")
-    if "prompt" in row.values:
-        messages, plain_prompt = _text_or_messages(row, "prompt")
-        if plain_prompt != plain:
-            raise _error(row, "prompt, chosen and rejected must be of one form: all text, or all lists of messages")
-        if len(chosen) != 1 or len(rejected) != 1:
-            raise _error(row, "beside a prompt, chosen and rejected hold one assistant turn each")
-    else:
-        if plain:
-            raise _error(row, "without a prompt, chosen and rejected must be whole conversations (lists of messages)")
-        if chosen[:-1] != rejected[:-1] or not chosen[:-1]:
-            raise _error(row, "chosen and rejected must be the same conversation up to their last turn, which is compared")
-        messages = chosen[:-1]
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1].role != "assistant":
             raise _error(row, f'{name} ends with a turn of "{turns[-1].role}"; its last turn must be the assistant\'s')
-    return messages, plain, (chosen[-1].content, rejected[-1].content)
+    before, answers = chosen[:-1], (chosen[-1].content, rejected[-1].content)
+    if before != rejected[:-1]:
+        raise _error(row, "chosen and rejected must be the same conversation up to their last turn, which is compared")
+    if row.values.get("prompt") is None:
+        if not before:
+            raise _error(row, "without a prompt, chosen and rejected must be whole conversations, lists of messages that begin with it")
+        return before, False, answers
+    messages, plain_prompt = _text_or_messages(row, "prompt")
+    if before:
+        # Whole conversations beside the prompt that they hold already, as some published data sets have them.
+        held = any(turn.content == messages[0].content for turn in before) if plain_prompt else messages == before
+        if not held:
+            raise _error(row, "chosen and rejected are whole conversations, and the prompt beside them is not in them")
+        return before, False, answers
+    if plain_prompt != plain:
+        raise _error(row, "prompt, chosen and rejected must be of one form: all text, or all lists of messages")
+    return messages, plain, answers
 
 
-def _responses(row: Row) -> tuple[str, ...]:
+def _responses(row: Row, *, plain: bool) -> tuple[str, ...]:
     found = row.values["responses"]
     if not isinstance(found, list):
         raise _error(row, f"responses is {shown(found)}; allowed: a list of 2 to 9 texts")
     if not 2 <= len(found) <= 9:
         raise _error(row, f"responses has {len(found)} entries; allowed: 2 to 9")
-    texts = []
-    for i, response in enumerate(found):
-        if isinstance(response, list) and len(response) == 1 and isinstance(response[0], Mapping):
-            response = response[0].get("content")
-        if not isinstance(response, str) or not response.strip():
-            raise _error(row, f"response {i + 1} is {shown(response)}; allowed: text that is not empty")
-        texts.append(response)
-    return tuple(texts)
+    return tuple(_response(row, f"response {i}", response, plain=plain) for i, response in enumerate(found, start=1))
+
+
+def _response(row: Row, name: str, found: Any, *, plain: bool) -> str:
+    """Text; beside a prompt of messages, also a list with the assistant's one turn."""
+    if isinstance(found, list) and not plain:
+        turns = _messages(row, name, found)
+        if len(turns) != 1 or turns[0].role != "assistant":
+            raise _error(row, f"{name} is {shown(found)}; allowed: text, or one assistant turn")
+        return turns[0].content
+    if not isinstance(found, str) or not found.strip():
+        raise _error(row, f"{name} is {shown(found)}; allowed: text that is not empty")
+    return found
 
 
 def _ranks(row: Row, count: int) -> tuple[int, ...]:
@@ -189,11 +203,10 @@ def _text_or_messages(row: Row, name: str, role: str = "user") -> tuple[tuple[Me
         if not found.strip():
             raise _error(row, f"{name} is empty")
         return (Message(role, found),), True
-    return _messages(row, name), False
+    return _messages(row, name, found), False
 
 
-def _messages(row: Row, name: str) -> tuple[Message, ...]:
-    found = row.values[name]
+def _messages(row: Row, name: str, found: Any) -> tuple[Message, ...]:
     if not isinstance(found, list) or not found:
         raise _error(row, f'{name} is {shown(found)}; allowed: text, or a list of {{"role": ..., "content": ...}}')
     messages = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ class _Rows:
 
     path: str
     limit: int
-    read: Any
+    read: Callable[[str], Iterator[Row]]
 
     def rows(self) -> Iterable[Row]:
         """At least one row, in the order of the file."""
@@ -49,48 +50,57 @@ class _Rows:
 
 def _jsonl(path: str) -> Iterator[Row]:
     try:
-        # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); JSON lines are") from error
+        # Split as bytes, and not by splitlines(): U+2028 and its like may stand inside a JSON string.
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{origin}:{error.colno}: not JSON: {error.msg}; the row is {shown(line)}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{origin}: a row must be a JSON object, such as {{\"prompt\": ...}}; found {shown(line)}")
-        yield Row(values, origin)
+        if line.strip():
+            yield Row(_object(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _object(line: bytes, origin: str) -> dict[str, Any]:
+    """The JSON object on a line."""
+    text = line.decode(errors="replace")
+    try:
+        values = json.loads(line.decode())
+        # An escape such as \ud83d is half a character, which no tokenizer takes.
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 text from byte {error.start + 1} of the line on; the row is {shown(text)}") from error
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{origin}: {half} is half of a surrogate pair, and no character by itself; the row is {shown(text)}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}:{error.colno}: not JSON: {error.msg}; the row is {shown(text)}") from error
+    if not isinstance(values, dict):
+        raise DataError(f'{origin}: a row must be a JSON object, such as {{"prompt": ...}}; found {shown(text)}')
+    return values
 
 
 def _parquet(path: str) -> Iterator[Row]:
     import pyarrow as arrow
     from pyarrow import parquet
 
-    try:
-        table = parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
     number = 0
-    for batch in table.iter_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(values, f"{path} row {number}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path} row {number}")
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a Parquet file: {shown(str(error))}") from error
 
 
-def _datasets(config: DatasetsConfig) -> Any:
+def _datasets(config: DatasetsConfig) -> Callable[[str], Iterator[Row]]:
     def read(path: str) -> Iterator[Row]:
         import datasets
 
         try:
             loaded = datasets.load_from_disk(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a folder written by datasets.save_to_disk: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path}: not a folder written by datasets.save_to_disk: {shown(str(error))}") from error
         if isinstance(loaded, datasets.DatasetDict):
             if config.split not in loaded:
                 raise DataError(f'{path}: there is no split "{config.split}"; it holds {", ".join(loaded)}')
@@ -101,11 +111,11 @@ def _datasets(config: DatasetsConfig) -> Any:
     return read
 
 
-def shown(value: Any) -> str:
-    """A row for an error message: on one line, and not too long."""
+def shown(value: Any, width: int = 200) -> str:
+    """A value for an error message: on one line, at most ``width`` characters of it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:200] + "..."
+    return text if len(text) <= width else text[:width] + "..."
 
 
 DATA_SPECS = (
