@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 import alignkit
 from alignkit.errors import AlignkitError, Interrupted
+
+_OF_THE_DISK = frozenset(
+    [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG]
+)
+"""What a folder or a disk may refuse at any time. A file that is not there is missing here: that is either checked before, or a bug."""
 
 
 class _Guarded(click.Group):
@@ -27,15 +33,23 @@ class _Guarded(click.Group):
         except AlignkitError as error:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
             ctx.exit(2)
+        except OSError as error:
+            if error.filename is None or error.errno not in _OF_THE_DISK:
+                _bug(ctx)
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {error.filename}: {error.strerror}", err=True)
+            ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             ctx.exit(130)
         except Exception:
-            click.echo(traceback.format_exc(), err=True, nl=False)
-            click.echo(
-                f"{click.style('bug:', fg='red', bold=True)} this is alignkit's fault; please report it with the lines above", err=True
-            )
-            ctx.exit(1)
+            _bug(ctx)
+
+
+def _bug(ctx: click.Context) -> NoReturn:
+    """Show the exception that is being handled in full."""
+    click.echo(traceback.format_exc(), err=True, nl=False)
+    click.echo(f"{click.style('bug:', fg='red', bold=True)} this is alignkit's fault; please report it with the lines above", err=True)
+    ctx.exit(1)
 
 
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -105,6 +119,7 @@ def schema(output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
         click.echo(f"wrote {output}")
 

@@ -49,7 +49,8 @@ def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mappi
             before = json.loads(path.read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RunError(
-                f"{path} is not what a run wrote there ({type(error).__name__}); choose another folder with dir=PATH, or start anew with --fresh"
+                f"{path} is not what a run wrote there ({type(error).__name__}); "
+                "choose another folder with dir=PATH, or start anew with --fresh"
             ) from error
         changes = sorted(_differences(_learnt(before), _learnt(loaded.resolved)))
         if changes:

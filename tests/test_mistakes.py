@@ -59,6 +59,11 @@ def broken_run(folder: Path) -> None:
     write("out/run.json", "{")(folder)
 
 
+def file_for_stage(folder: Path) -> None:
+    (folder / "out").mkdir()
+    write("out/sft", "")(folder)
+
+
 def nothing(folder: Path) -> None:
     """The command line itself is the mistake."""
 
@@ -90,7 +95,8 @@ MISTAKES = [
     Mistake("a quoted number", edit("seed: 7", 'seed: "7"'), ('smoke.yaml:5:7: seed is "7"; allowed: a whole number',)),
     Mistake("yes", edit("coef: 0.05}", "coef: 0.05}\n      whiten_rewards: yes"), ('is "yes"; allowed: true or false',)),
     Mistake("an empty value", edit("seed: 7", "seed:"), ("smoke.yaml:5:1: seed is empty; allowed: a whole number",)),
-    Mistake("out of range", edit("coef: 0.05", "coef: -1"), ("smoke.yaml:30:18: ppo.optimizer.kl.coef is -1.0; allowed: a number at least 0",)),
+    Mistake("out of range",
+             edit("coef: 0.05", "coef: -1"), ("smoke.yaml:30:18: ppo.optimizer.kl.coef is -1.0; allowed: a number at least 0",)),
     Mistake("a list for a mapping", edit("{coef: 0.05}", "[0.05]"), ("ppo.optimizer.kl is a list; allowed: a mapping",)),
     Mistake("no choice of these", edit("coef: 0.05", "kind: k4"), ('ppo.optimizer.kl.kind is "k4"; allowed: fixed, adaptive',)),
     Mistake("two that do not fit", edit("minibatches: 2", "minibatches: 99"), ("smoke.yaml:27:20: ppo.optimizer.minibatches is 99",)),
@@ -106,10 +112,12 @@ MISTAKES = [
     Mistake("a stage that is not there", edit("init: reward", "init: rewrd"), ("smoke.yaml:29:22:", 'did you mean "reward"?')),
     Mistake("a later stage", edit("start: sft", "start: ppo"), ("which does not come before this one",)),
     Mistake("a policy for a reward model", edit("stage: reward", "stage: sft"), ('ppo.reward.stage is "sft", which makes a policy',)),
-    Mistake("a reward model for a policy", edit("candidate: ppo", "candidate: reward"), ("smoke.yaml:37:18:", "which makes a reward model")),
+    Mistake("a reward model for a policy",
+             edit("candidate: ppo", "candidate: reward"), ("smoke.yaml:37:18:", "which makes a reward model")),
     Mistake("a name twice", edit("name: reward", "name: sft"), ('smoke.yaml:14:11: the name "sft" is taken',)),
     Mistake("a stage named like a key", edit("name: compare", "name: seed"), ('a stage cannot be named "seed"',)),
-    Mistake("ppo without a reward", edit("    reward: {kind: reward_model, stage: reward}\n", ""), ("ppo has no reward", "learns from rollouts")),
+    Mistake("ppo without a reward",
+             edit("    reward: {kind: reward_model, stage: reward}\n", ""), ("ppo has no reward", "learns from rollouts")),
     Mistake("no stages", write(CONFIG, f"name: x\n{MODEL}\nstages: []\n"), ("smoke.yaml:3:9: stages is empty",)),
     # Overrides
     Mistake("an override without a value", nothing, ('override "seed": write it as key=value',), check("seed")),
@@ -127,7 +135,8 @@ MISTAKES = [
     Mistake("no rows", write(DEMONSTRATIONS, "\n"), (f"{DEMONSTRATIONS}: there are no rows in it",), run()),
     Mistake("data that is not text", write(DEMONSTRATIONS, b"\xff\xfe"), (f"{DEMONSTRATIONS}:1: not UTF-8 text",), run()),
     Mistake("a folder as data", edit("path: smoke/demonstrations.jsonl", "path: smoke"), ("smoke: cannot be read: Is a directory",), run()),
-    Mistake("no Parquet", edit("data: {kind: jsonl", "data: {kind: parquet"), (f"{DEMONSTRATIONS}: cannot be read as a Parquet file",), run()),
+    Mistake("no Parquet",
+             edit("data: {kind: jsonl", "data: {kind: parquet"), (f"{DEMONSTRATIONS}: cannot be read as a Parquet file",), run()),
     Mistake("rows that are too long", nothing, ("max_length",), run("sft.max_length=2")),
     # Models and functions
     Mistake("no such package", edit("tiny_lm}", "causal_lm, model: 'package:nope_nope/x.gguf'}"), ("'nope_nope' is not installed",), run()),
@@ -137,10 +146,9 @@ MISTAKES = [
     Mistake("a file in the run's place", write("out", ""), ("the run's folder out cannot be written: ", "dir=PATH"), run()),
     Mistake("a file above the run's place", write("file", ""), ("cannot be written: Not a directory",), ("run", CONFIG, "dir=file/x")),
     Mistake("a broken run.json", broken_run, ("out/run.json is not what a run wrote there", "--fresh"), run()),
-    Mistake("a schema to nowhere", nothing, ("nowhere/schema.json",), ("schema", "--output", "nowhere/schema.json")),
+    Mistake("a schema below a file", write("file", ""), ("error: file",), ("schema", "--output", "file/schema.json")),
     Mistake("a plugin below a file", write("file", ""), ("file",), ("new", "plugin", "acme-tone", "--dir", "file/x")),
-    Mistake("a file in a stage's place", lambda folder: ((folder / "out").mkdir(), write("out/sft", "")(folder))[1], ("out/sft",), run()),
-    Mistake("a quickstart below a file", write("file", ""), ("file",), ("init", "quickstart", "--dir", "file/x")),
+    Mistake("a file in a stage's place", file_for_stage, ("error: out/sft: File exists",), run()),
     Mistake("no run to report", nothing, ("smoke",), ("report", "smoke")),
     Mistake("no such stage to preview", nothing, ("sfd",), ("data", "preview", CONFIG, "sfd")),
 ]  # fmt: skip

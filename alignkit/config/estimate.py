@@ -69,7 +69,7 @@ def _parameters(model: str) -> int | None:
             return _gguf_parameters(path) if path.suffix == ".gguf" else None
         files = sorted(path.glob("*.safetensors")) if path is not None else []
         return sum(_safetensors_parameters(file) for file in files) if files else None
-    except (OSError, ValueError, LookupError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         # Not a model that can be read: whoever loads it will say so, and why. Here only a guess is missing.
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_yaml_that_is_no_config(tmp_path: Path, text: str, message: str) -> None
 
 def test_aliases_of_aliases_cannot_exhaust_the_reader(tmp_path: Path) -> None:
     names = "abcdefghij"
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"] + [f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]" for m, n in zip(names, names[1:], strict=False)]
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"] + [f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]" for m, n in pairwise(names)]
     [problem] = problems(tmp_path, "\n".join(lines))
     assert "more than 50000 values" in problem
 
@@ -242,7 +243,11 @@ def smoke_problems(old: str, new: str, tmp_path: Path) -> list[str]:
         ("stage: reward", "stage: sft", 'ppo.reward.stage is "sft", which makes a policy'),
         ("candidate: ppo", "candidate: reward", "which makes a reward model; allowed: an earlier stage that makes a policy (sft, ppo)"),
         ("start: sft", "start: reward", "which does not come before this one"),
-        ("{kind: reward_model, stage: reward}", "{kind: mix, parts: [{name: a, source: {kind: reward_model, stage: sft}}]}", "parts.0.source.stage is"),
+        (
+            "{kind: reward_model, stage: reward}",
+            "{kind: mix, parts: [{name: a, source: {kind: reward_model, stage: sft}}]}",
+            "parts.0.source.stage is",
+        ),
     ],
 )
 def test_a_stage_refers_to_an_earlier_one_that_makes_what_it_needs(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -281,8 +286,15 @@ def test_a_kind_of_two_plugins_names_both(tmp_path: Path) -> None:
 
 VALID = yaml.safe_load(SMOKE.read_text())
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["sft", "ppo", "reward", "${name}", "${", "???", "kind"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(["kind", "name", "stage"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["sft", "ppo", "reward", "${name}", "${", "???", "kind"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(["kind", "name", "stage"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
