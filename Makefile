@@ -24,7 +24,8 @@ format: .venv/installed
 	$(BIN)/ruff format
 
 docs: .venv/installed
-	$(BIN)/python -m alignkit.config.export > docs/configuration.md
+	$(BIN)/python -c 'from alignkit.config import configuration_markdown; from alignkit.registry import find_plugins; \
+		print(configuration_markdown(find_plugins()), end="")' > docs/configuration.md
 
 # torch goes first and alone: resolved together with the rest, pip may take another build of it.
 .venv/installed: pyproject.toml constraints.txt

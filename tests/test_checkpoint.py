@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignkit import checkpoint
 from alignkit.checkpoint import load_checkpoint, save_artifact, save_checkpoint, verify
@@ -42,6 +43,15 @@ def loaded_step(folder: Path, said: list[str] | None = None) -> int:
     assert found.states["order"].values == {"cursor": 10 * found.step}
     assert torch.equal(found.states["optimizer"].tensors["weights"], state(found.step)["optimizer"].tensors["weights"])
     return found.step
+
+
+def holding(name: str, text: str) -> Callable[[Path], None]:
+    """What writes an artifact of one file."""
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
 
 
 def names(folder: Path) -> list[str]:
@@ -93,6 +103,25 @@ def test_only_the_newest_are_kept_and_newest_goes_by_number(tmp_path: Path) -> N
     assert loaded_step(tmp_path) == 100_000_000
 
 
+def test_a_kill_while_old_ones_are_removed_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1)
+
+    def killed(path: Path, **options: bool) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 2, keep=1)
+    assert [name for name in names(tmp_path) if name.startswith("step-")] == ["step-00000002"]
+    said: list[str] = []
+    assert loaded_step(tmp_path, said) == 2
+    assert said == []
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"optimizer": State(values={"old": 1})}, keep=2)
     saved(tmp_path, 3)
@@ -110,7 +139,7 @@ def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         newest = saved(tmp_path / "checkpoints", 1)
-        save_artifact(tmp_path / "policy", lambda folder: shutil.copy(newest / "optimizer.safetensors", folder))  # type: ignore[arg-type, return-value]
+        save_artifact(tmp_path / "policy", lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"))
     finally:
         os.umask(before)
     files = [*newest.iterdir(), *(tmp_path / "policy").iterdir()]
@@ -137,6 +166,11 @@ def swap_for_a_link(newest: Path) -> None:
     (newest / "optimizer.safetensors").symlink_to(newest.parent / "elsewhere")
 
 
+def swap_all_for_a_link(newest: Path) -> None:
+    newest.rename(newest.with_name("moved"))
+    newest.symlink_to("moved")
+
+
 def point_outside(manifest: dict[str, object]) -> None:
     files = manifest["files"]
     assert isinstance(files, dict)
@@ -158,7 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file too many": (lambda new: (new / "reward.safetensors").write_bytes(b"?"), "reward.safetensors does not belong to it"),
     "a path to the outside": (edit_manifest(point_outside), "'../step-00000002/state.json' is not a plain file in it"),
     "a link for a file": (swap_for_a_link, "'optimizer.safetensors' is not a plain file in it"),
-    "a link for the whole": (lambda new: new.rename(new.with_name("moved")) and new.symlink_to(new.with_name("moved")), "a symbolic link"),
+    "a link for the whole": (swap_all_for_a_link, "it is a symbolic link"),
 }
 
 
@@ -269,11 +303,12 @@ def test_a_full_disk_before_and_while_saving(small_disk: Path, monkeypatch: pyte
     ballast.write_bytes(bytes(2 * 2**20))
     with pytest.raises(CheckpointError, match=r"needs 2\.2 MB and [01]\.\d MB are free; .*free some space and run the same command again"):
         save_checkpoint(folder, 2, large, keep=1)
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"the disk is full \(.*what was saved before is intact"):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_check_room", lambda folder, states: None)
-        save_checkpoint(folder, 2, large, keep=1)
+        with pytest.raises(CheckpointError, match=r"the disk is full \(.*what was saved before is intact"):
+            save_checkpoint(folder, 2, large, keep=1)
     with pytest.raises(CheckpointError, match="policy cannot be written: the disk is full"):
-        save_artifact(small_disk / "policy", lambda temporary: (temporary / "model").write_bytes(bytes(2**21)) and None)
+        save_artifact(small_disk / "policy", holding("model", "x" * 2**21))
     assert names(small_disk) == ["ballast", "checkpoints"]
     assert names(folder) == ["step-00000001"]
     assert loaded_step(folder) == 1
@@ -394,7 +429,7 @@ def test_killed_again_and_again_while_saving_it_always_goes_on_from_a_whole_chec
 
 def test_an_artifact_appears_whole_with_its_hashes_and_replaces_an_older_one(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
-    save_artifact(policy, lambda folder: (folder / "old.txt").write_text("old") and None)
+    save_artifact(policy, holding("old.txt", "old"))
     (tmp_path / ".tmp-policy-4711").mkdir()
 
     def write(folder: Path) -> None:
@@ -412,7 +447,7 @@ def test_an_artifact_appears_whole_with_its_hashes_and_replaces_an_older_one(tmp
 
 
 def test_an_artifact_that_fails_halfway_leaves_the_older_one(tmp_path: Path) -> None:
-    save_artifact(tmp_path / "policy", lambda folder: (folder / "a.txt").write_text("a") and None)
+    save_artifact(tmp_path / "policy", holding("a.txt", "a"))
 
     def write(folder: Path) -> None:
         (folder / "a.txt").write_text("b")
@@ -425,7 +460,7 @@ def test_an_artifact_that_fails_halfway_leaves_the_older_one(tmp_path: Path) -> 
 
 
 def test_an_artifact_that_was_changed_is_named_with_the_difference(tmp_path: Path) -> None:
-    hashes = save_artifact(tmp_path / "policy", lambda folder: (folder / "a.txt").write_text("a") and None)
+    hashes = save_artifact(tmp_path / "policy", holding("a.txt", "a"))
     (tmp_path / "policy" / "a.txt").write_text("b")
     with pytest.raises(CheckpointError, match=r"policy is not what its stage wrote: a\.txt is not what was written; restore it"):
         verify(tmp_path / "policy", hashes)

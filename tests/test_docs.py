@@ -53,6 +53,7 @@ def test_marked_blocks_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_in_a_document_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")  # paths in documents are those of a checkout
     # A real module: dataclasses look their annotations up in the module they were defined in.
     module = ModuleType(f"document_{document.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)

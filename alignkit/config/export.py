@@ -177,9 +177,3 @@ def _words(kind: Any) -> str:
         RewardStage: "earlier stage that makes a reward model",
     }
     return known[kind]
-
-
-if __name__ == "__main__":
-    from alignkit.registry import find_plugins
-
-    print(configuration_markdown(find_plugins()), end="")

