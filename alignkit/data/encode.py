@@ -12,7 +12,6 @@ from alignkit.errors import DataError
 from alignkit.interfaces import Codec
 from alignkit.types import Demonstration, Overlong, Prompt, PromptRow, RankedRows, Ranking, TokenRow
 
-Record = TypeVar("Record", contravariant=True)
 Out = TypeVar("Out", covariant=True)
 
 

@@ -150,7 +150,7 @@ def _comparison(row: Row) -> tuple[tuple[Message, ...], bool, tuple[str, ...]]:
 def _responses(row: Row, *, plain: bool) -> tuple[str, ...]:
     found = row.values["responses"]
     if not isinstance(found, list):
-        raise _error(row, f"responses is {shown(found)}; allowed: a list of 2 to 9 texts")
+        raise _error(row, f"responses is {_quoted(found)}; allowed: a list of 2 to 9 texts")
     if not 2 <= len(found) <= 9:
         raise _error(row, f"responses has {len(found)} entries; allowed: 2 to 9")
     return tuple(_response(row, f"response {i}", response, plain=plain) for i, response in enumerate(found, start=1))
@@ -161,10 +161,10 @@ def _response(row: Row, name: str, found: Any, *, plain: bool) -> str:
     if isinstance(found, list) and not plain:
         turns = _messages(row, name, found)
         if len(turns) != 1 or turns[0].role != "assistant":
-            raise _error(row, f"{name} is {shown(found)}; allowed: text, or one assistant turn")
+            raise _error(row, f"{name} is {_quoted(found)}; allowed: text, or one assistant turn")
         return turns[0].content
     if not isinstance(found, str) or not found.strip():
-        raise _error(row, f"{name} is {shown(found)}; allowed: text that is not empty")
+        raise _error(row, f"{name} is {_quoted(found)}; allowed: text that is not empty")
     return found
 
 
@@ -172,7 +172,7 @@ def _ranks(row: Row, count: int) -> tuple[int, ...]:
     found = row.values["ranks"]
     whole = isinstance(found, list) and all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in found)
     if not whole:
-        raise _error(row, f"ranks is {shown(found)}; allowed: a list of whole numbers, 1 is best, equal numbers are ties")
+        raise _error(row, f"ranks is {_quoted(found)}; allowed: a list of whole numbers, 1 is best, equal numbers are ties")
     if len(found) != count:
         raise _error(row, f"there are {len(found)} ranks for {count} responses; one each is needed")
     return tuple(found)
@@ -192,7 +192,7 @@ def _number(row: Row, name: str, default: float, *, low: float, high: float = ma
         return default
     if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high or not math.isfinite(found):
         bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
-        raise _error(row, f"{name} is {shown(found)}; allowed: a number {bounds}")
+        raise _error(row, f"{name} is {_quoted(found)}; allowed: a number {bounds}")
     return float(found)
 
 
@@ -208,13 +208,13 @@ def _text_or_messages(row: Row, name: str, role: str = "user") -> tuple[tuple[Me
 
 def _messages(row: Row, name: str, found: Any) -> tuple[Message, ...]:
     if not isinstance(found, list) or not found:
-        raise _error(row, f'{name} is {shown(found)}; allowed: text, or a list of {{"role": ..., "content": ...}}')
+        raise _error(row, f'{name} is {_quoted(found)}; allowed: text, or a list of {{"role": ..., "content": ...}}')
     messages = []
     for i, turn in enumerate(found):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise _error(row, f'turn {i + 1} of {name} is {shown(turn)}; allowed: {{"role": ..., "content": text}}')
+            raise _error(row, f'turn {i + 1} of {name} is {_quoted(turn)}; allowed: {{"role": ..., "content": text}}')
         if turn.get("role") not in ROLES:
-            raise _error(row, f"turn {i + 1} of {name} has role {shown(turn.get('role'))}; allowed: {', '.join(ROLES)}")
+            raise _error(row, f"turn {i + 1} of {name} has role {_quoted(turn.get('role'))}; allowed: {', '.join(ROLES)}")
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise _error(row, f"turn {i + 1} of {name} is an empty answer")
         messages.append(Message(turn["role"], turn["content"]))
@@ -231,7 +231,11 @@ def _need(row: Row, *forms: tuple[str, ...]) -> None:
 
 
 def _error(row: Row, what: str) -> DataError:
-    return DataError(f"{row.origin}: {what}; the row is {shown(row.values)}")
+    return DataError(f"{row.origin}: {what}; the row is {_quoted(row.values)}")
+
+
+def _quoted(value: Any) -> str:
+    return shown(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _canonical(value: Any) -> bytes:

@@ -111,11 +111,10 @@ def _datasets(config: DatasetsConfig) -> Callable[[str], Iterator[Row]]:
     return read
 
 
-def shown(value: Any, width: int = 200) -> str:
-    """A value for an error message: on one line, at most ``width`` characters of it."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[:width] + "..."
+def shown(text: str, width: int = 200) -> str:
+    """Text for an error message: on one line, at most ``width`` characters of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[:width] + "..."
 
 
 DATA_SPECS = (

@@ -29,7 +29,7 @@ class CausalPolicy:
         self._model = model
         self._tuning = tuning
         self._precision = resolve_precision(precision)
-        self._half: tuple[int, Any] | None = None
+        self._copy: tuple[int, Any] | None = None
         self.codec = codec
         self.version = 0
 
@@ -64,16 +64,20 @@ class CausalPolicy:
 
     @contextmanager
     def decoding(self) -> Iterator[tuple[Any, bool]]:
-        """The model to generate with, and whether its log-probabilities agree with the training forward (float32)."""
-        if self._precision == "float32":
+        """The model to generate with, and whether its log-probabilities agree with the training forward (float32).
+
+        Adapters and bfloat16 are decoded with a plain copy, made anew after each update: half the matrix products of a decoding
+        step would be the adapters', and casting the weights at every step would cost more than the step.
+        """
+        if self._precision == "float32" and self._tuning.kind == "full":
             yield self._model, True
             return
-        if self._half is None or self._half[0] != self.version:
-            config = self._model.config
-            half = type(self._model)(config).to(self.device, torch.bfloat16).eval() if self._half is None else self._half[1]
-            half.load_state_dict(adapters.merged_state(self._model))
-            self._half = (self.version, half)
-        yield self._half[1], False
+        if self._copy is None or self._copy[0] != self.version:
+            dtype = torch.float32 if self._precision == "float32" else torch.bfloat16
+            plain = self._copy[1] if self._copy else type(self._model)(self._model.config).to(self.device, dtype).eval()
+            plain.load_state_dict(adapters.merged_state(self._model))
+            self._copy = (self.version, plain)
+        yield self._copy[1], self._precision == "float32"
 
     def reference(self) -> CausalPolicy:
         """A frozen policy with the weights this one started from.

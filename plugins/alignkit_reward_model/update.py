@@ -33,9 +33,11 @@ class RewardModel:
 
     def update(self, batch: Sequence[RankedRows]) -> Metrics:
         """One step."""
-        useful = [ranking for ranking in batch if len(set(ranking.ranks)) > 1]
+        useful = _useful(batch)
         if not useful:
-            raise DataError(f"all rankings of a step are tied (the first is {batch[0].id!r}); a tie says nothing about which is better")
+            raise DataError(
+                f"all rankings of a step are tied or weigh nothing (the first is {batch[0].id!r}); they say nothing about which is better"
+            )
 
         total = sum(ranking.weight for ranking in useful)
 
@@ -55,9 +57,9 @@ class RewardModel:
     @torch.no_grad()
     def validate(self, batch: Sequence[RankedRows]) -> Metrics:
         """Loss, accuracy (ties in reward count as wrong) and the spread of rewards over all rankings."""
-        useful = [ranking for ranking in batch if len(set(ranking.ranks)) > 1]
+        useful = _useful(batch)
         if not useful:
-            raise DataError("all held-out rankings are tied; they cannot tell a good reward model from a bad one")
+            raise DataError("all held-out rankings are tied or weigh nothing; they cannot tell a good reward model from a bad one")
         loss = accuracy = 0.0
         rewards: list[Tensor] = []
         for rankings in self._microbatches(useful):
@@ -134,6 +136,11 @@ class _RunningMoments:
     def values(self) -> dict[str, float]:
         """For the checkpoint."""
         return asdict(self)
+
+
+def _useful(rankings: Sequence[RankedRows]) -> list[RankedRows]:
+    """Those that prefer one response to another."""
+    return [ranking for ranking in rankings if ranking.weight > 0 and len(set(ranking.ranks)) > 1]
 
 
 def _of_better(ranking: RankedRows) -> float:
