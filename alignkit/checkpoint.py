@@ -201,7 +201,7 @@ def _manifest(folder: Path) -> dict[str, FileHash]:
         raise _Broken(f"it has no {_MANIFEST}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"its {_MANIFEST} is damaged") from error
-    if step != _number(folder) or _VALUES not in files:
+    if version != FORMAT or step != _number(folder) or _VALUES not in files:
         raise _Broken(f"its {_MANIFEST} is another's")
     return files
 

@@ -23,6 +23,8 @@ from alignkit.errors import CheckpointError, RunError
 from alignkit.files import FileHash, sha256, write_json
 from alignkit.interfaces import State
 
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+
 
 def state(step: int) -> dict[str, State]:
     """A part with tensors and values that tell the step, and a part with values alone."""
@@ -188,6 +190,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list for a manifest": (lambda new: (new / "manifest.json").write_text("[1]"), "its manifest.json is damaged"),
     "files without hashes": (edit_manifest(lambda manifest: manifest.update(files={"state.json": {}})), "its manifest.json is damaged"),
     "no values named": (edit_manifest(lambda manifest: manifest.update(files={})), "its manifest.json is another's"),
+    "a format that is no number": (edit_manifest(lambda manifest: manifest.update(format="1")), "its manifest.json is another's"),
     "another step's": (edit_manifest(lambda manifest: manifest.update(step=2)), "its manifest.json is another's"),
     "a file too many": (lambda new: (new / "reward.safetensors").write_bytes(b"?"), "reward.safetensors does not belong to it"),
     "a path to the outside": (edit_manifest(point_outside), "'../step-00000002/state.json' is not a plain file in it"),
@@ -315,6 +318,25 @@ def test_a_full_disk_before_and_while_saving(small_disk: Path, monkeypatch: pyte
     ballast.unlink()
     save_checkpoint(folder, 2, large, keep=1)
     assert loaded_step(folder) == 2
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_ends_with_one_message_and_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "alignkit", "run", str(SMOKE), f"dir={folder}", "checkpoint.minutes=0"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    stopped = run(small_disk / "run")
+    assert stopped.returncode == 2
+    assert stopped.stderr.startswith("error: a checkpoint in ")
+    assert stopped.stderr.endswith("what was saved before is intact; free some space and run the same command again\n")
+    assert stopped.stderr.count("\n") == 1
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    assert "continuing after step 1\n" in run(small_disk / "run").stdout
+    never_stopped = run(tmp_path / "never_stopped")
+    assert never_stopped.returncode == 0, never_stopped.stderr
+    for weights in ("sft/policy/model.safetensors", "reward/reward_model/head.safetensors", "ppo/policy/model.safetensors"):
+        assert sha256(small_disk / "run" / weights) == sha256(tmp_path / "never_stopped" / weights)
 
 
 def test_a_read_only_disk(small_disk: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_steps_that_are_done_again_replace_those_of_the_killed_run(tmp_path: Pat
     killed = tracker(tmp_path)
     for step in (1, 2, 3, 4):
         killed.log("ppo", step, {"kl/sequence_nats": float(step)})
-    # It is never closed; the run goes on from the checkpoint of step 2.
+    # It was never closed; the run goes on from the checkpoint of step 2.
     resumed = tracker(tmp_path)
     for step in (3, 4, 5):
         resumed.log("ppo", step, {"kl/sequence_nats": 10.0 * step})
@@ -82,7 +83,9 @@ def test_a_run_logs_every_step_once_even_where_a_stage_was_done_again(tmp_path: 
     logged = [json.loads(line) for line in (run / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = read(run / "boards" / "sft")
     assert len(logged) > 1
-    assert shown["sft/loss/nll_nats"] == [(line["step"], pytest.approx(line["loss/nll_nats"])) for line in logged]
+    steps, losses = zip(*shown["sft/loss/nll_nats"], strict=True)
+    assert list(steps) == [line["step"] for line in logged]
+    assert list(losses) == pytest.approx([line["loss/nll_nats"] for line in logged])
     assert [step for step, _ in shown["sft/validation/loss_nll_nats"]] == [len(logged)]
 
 
@@ -90,6 +93,22 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_with_its_name(tmp_path: 
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     with pytest.raises(RunError, match=r"tensorboard cannot be written: Not a directory; .*or leave the tracker out"):
         tracker(tmp_path).log("sft", 1, {"loss/nll_nats": 2.0})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_full_disk_is_one_error_without_the_traceback_of_a_thread(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = threading.excepthook
+    board = tracker(tmp_path)
+    board.log("sft", 1, {"loss/nll_nats": 2.0})
+    [events] = (tmp_path / "tensorboard" / "sft").iterdir()
+    events.unlink()
+    events.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="tensorboard cannot be written: No space left on device; repair this"):
+        board.log("sft", 2, {"loss/nll_nats": 1.0})
+    with pytest.raises(RunError, match="tensorboard cannot be written"):
+        board.close()
+    assert capfd.readouterr().err == ""
+    assert threading.excepthook == before
 
 
 def test_a_missing_package_is_an_error_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,20 +41,29 @@ class TensorBoardTracker:
         self._open: Any = SummaryWriter
         self._folder = folder
         self._writers: dict[str, Any] = {}
+        self._report_failure = threading.excepthook
+        threading.excepthook = self._thread_failed
 
     def log(self, stage: str, step: int, metrics: Metrics) -> None:
-        """Write the figures of one step. Raises ``RunError`` when the disk refuses, maybe some steps late: a thread does the writing."""
+        """Write the figures of one step; they are in the file on return. Raises ``RunError`` when the disk refuses."""
         with self._explained():
             if stage not in self._writers:
-                self._writers[stage] = self._open(str(self._folder / stage), purge_step=step, flush_secs=10)
+                self._writers[stage] = self._open(str(self._folder / stage), purge_step=step)
             for name, value in metrics.items():
                 self._writers[stage].add_scalar(f"{stage}/{name}", value, step)
+            self._writers[stage].flush()
 
     def close(self) -> None:
-        """Write out what is waiting. Raises ``RunError`` when the disk refuses."""
+        """Let the files go. Raises ``RunError`` when the disk refuses."""
+        threading.excepthook = self._report_failure
         with self._explained():
             for writer in self._writers.values():
                 writer.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        # The thread that writes for TensorBoard ends with what the disk said, and the next call raises it: once is enough.
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._report_failure(failure)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
