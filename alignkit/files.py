@@ -62,6 +62,16 @@ def difference(folder: Path, expected: Mapping[str, FileHash], *, besides: Seque
     return next((f"{name} is not what was written" for name, file in expected.items() if sha256(found[name]) != file.sha256), None)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote. Raises ``RunError`` when the file is not there or was damaged since."""
+    with explained(f"{path} cannot be read"):
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}; restore it, or start the run anew with --fresh") from error
+    return value
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``value`` in one step.
 

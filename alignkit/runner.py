@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from alignkit.config import LoadedConfig, load_config
-from alignkit.errors import RunError
+from alignkit.errors import AlignkitError, Interrupted, RunError
 from alignkit.folder import claim, locked, set_aside
 from alignkit.interrupt import stop_on_signal
 from alignkit.registry import Registry, find_plugins
@@ -54,8 +55,12 @@ def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Termi
             for stage in run.stages:
                 stages.run(stage)
                 stop.check(f"stage {stage.name} is finished")
-        except RunError as error:
-            events.append("failed", error=str(error))
+        except Interrupted:
+            raise
+        except AlignkitError as error:
+            # On a full disk the event cannot be written either; the first error is the one to show.
+            with suppress(RunError):
+                events.append("failed", error=str(error))
             raise
         finally:
             for tracker in trackers:

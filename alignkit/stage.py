@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignkit.checkpoint import load_checkpoint, save_artifact, save_checkpoint
+from alignkit.checkpoint import load_checkpoint, save_artifact, save_checkpoint, verify
 from alignkit.config.schema import RunConfig, StageConfig
 from alignkit.context import Context
 from alignkit.data.collate import collate
 from alignkit.data.order import Order
 from alignkit.feed import Feed, read_feed
-from alignkit.files import sha256, write_json
+from alignkit.files import FileHash, hash_folder, read_json, sha256, write_json
 from alignkit.interfaces import Stateful, Tracker
 from alignkit.interrupt import StopRequest
 from alignkit.loops import After, offline, online
@@ -51,6 +51,7 @@ class StageRunner:
         self._terminal, self._events, self._trackers, self._stop = terminal, events, trackers, stop
         self._policy = registry.policy(run.policy.kind)
         self._used: set[str] = set()
+        self._verified: set[Path] = set()
 
     def run(self, stage: StageConfig) -> None:
         """Do the stage, or say that it is done."""
@@ -69,16 +70,31 @@ class StageRunner:
         self._events.append("stage finished", stage=stage.name)
 
     def artifact(self, stage: str | None) -> Path:
-        """The folder of a finished stage's policy or reward model; None: the run's own model, prepared on first use."""
-        if stage is not None:
+        """The folder of a finished stage's policy or reward model; None: the run's own model, prepared on first use.
+
+        What the run wrote is checked against the hashes it was written with. Raises ``CheckpointError`` when a file has changed.
+        """
+        if stage is None:
+            folder, hashes = self._own_model()
+        else:
             self._used.add(stage)
-            manifest = json.loads((self._folder / stage / "manifest.json").read_text(encoding="utf-8"))
-            return self._folder / stage / str(manifest["makes"])
+            manifest = read_json(self._folder / stage / "manifest.json")
+            folder, hashes = self._folder / stage / manifest["makes"], manifest["files"]
+        if folder not in self._verified and folder.is_relative_to(self._folder):
+            verify(folder, {name: FileHash(**facts) for name, facts in hashes.items()})
+            self._verified.add(folder)
+        return folder
+
+    def _own_model(self) -> tuple[Path, dict[str, Any]]:
         note = self._folder / "model.json"
         if not note.is_file():
             self._terminal.say("reading the model")
-            write_json(note, {"path": str(self._policy.prepare(self._run.policy.config, self._folder / "model"))})
-        return Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+            path = self._policy.prepare(self._run.policy.config, self._folder / "model")
+            # Inside the run's folder it is known by its place there, so that the folder can be moved.
+            known = path.relative_to(self._folder) if path.is_relative_to(self._folder) else path.resolve()
+            write_json(note, {"path": str(known), "files": _facts(hash_folder(path))})
+        facts = read_json(note)
+        return self._folder / facts["path"], facts["files"]
 
     def _evaluate(self, stage: StageConfig, folder: Path) -> dict[str, Any]:
         assert stage.evaluate is not None
@@ -121,7 +137,7 @@ class StageRunner:
             "parents": self._parents(),
             "data": feed.report,
             "template_hash": codec.template_hash,
-            "files": {name: {"sha256": found.sha256, "bytes": found.bytes} for name, found in hashes.items()},
+            "files": _facts(hashes),
             "probes": self._probes(artifact, feed) if spec.makes == "policy" else [],
         }
 
@@ -188,3 +204,7 @@ class StageRunner:
         with torch.no_grad():
             logprobs = policy.score_tokens(batch).logprobs
         return [{"ids": list(row), "logprobs": logprobs[i, 1 : len(row)].tolist()} for i, row in enumerate(ids)]
+
+
+def _facts(hashes: Mapping[str, FileHash]) -> dict[str, Any]:
+    return {name: asdict(found) for name, found in hashes.items()}

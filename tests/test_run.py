@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import alignkit
-from alignkit.errors import Interrupted, RunError
+from alignkit.errors import CheckpointError, Interrupted, RunError
 from alignkit.files import sha256
 from alignkit.interfaces import TokenBatch
 from alignkit.models.causal_lm import load
@@ -185,3 +185,25 @@ def test_the_reference_and_the_reward_model_are_not_touched_by_ppo(finished: Pat
         load_file(finished / "sft" / "policy" / "model.safetensors").keys()
         == load_file(finished / "ppo" / "policy" / "model.safetensors").keys()
     )
+
+
+def test_a_finished_run_may_be_moved_and_continued(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "elsewhere"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "ppo")
+    shutil.rmtree(run / "sft")
+    alignkit.run(SMOKE, [f"dir={run}"])
+    assert weights(run) == weights(finished)
+
+
+def test_an_artifact_that_changed_is_not_built_upon(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "ppo")
+    weights_file = run / "sft" / "policy" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"sft/policy is not what its stage wrote: model.safetensors is not what was written"):
+        alignkit.run(SMOKE, [f"dir={run}"])
+    assert '"event": "failed"' in (run / "events.jsonl").read_text()

@@ -93,7 +93,7 @@ def win_rate_bar(comparison: Mapping[str, Any]) -> str | None:
 def gain_bar(comparison: Mapping[str, Any]) -> str | None:
     """The judge's gain, with zero marked."""
     gain = comparison.get("judge_gain_ci95_high") or 0.0
-    reach = max(abs(gain), abs(comparison.get("judge_gain_ci95_low") or 0.0)) * 1.1
+    reach = 1.1 * max(abs(gain), abs(comparison.get("judge_gain_ci95_low") or 0.0)) or 1.0  # no gain at all still needs an axis
     return _bar(comparison, ("judge_gain", "judge_gain_ci95_low", "judge_gain_ci95_high"), ends=(-reach / 4, reach), mark=0.0)
 
 
