@@ -114,7 +114,8 @@ def _encode(
             tally.truncated.append(name)
             rows.append(short)
     sizes = [length(row) for row in rows]
-    report = EncodeReport(tally.kept, tuple(tally.truncated), tuple(tally.dropped), sum(sizes), max(sizes, default=0))
+    tokens = sum(sum(map(len, row.rows)) if isinstance(row, RankedRows) else size for row, size in zip(rows, sizes, strict=True))
+    report = EncodeReport(tally.kept, tuple(tally.truncated), tuple(tally.dropped), tokens, max(sizes, default=0))
     return Encoded(tuple(rows), report)
 
 
