@@ -20,9 +20,17 @@ def tune(model: Any, tuning: TuningConfig, seed: int) -> None:
         model.requires_grad_(True)
         return
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     model.requires_grad_(False)
-    config = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=0.0, target_modules=_targets(model, tuning.top_layers))
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=0.0,
+        target_modules=_targets(model, tuning.top_layers),
+        # GPT-2 keeps its weights transposed.
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
