@@ -72,10 +72,8 @@ def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mappi
     })  # fmt: skip
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Move an old run out of the way, for ``--fresh``; nothing is deleted."""
-    if not folder.exists():
-        return None
+def set_aside(folder: Path) -> Path:
+    """Move an old run out of the way, for ``--fresh``; nothing is deleted. Returns where it is now."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1

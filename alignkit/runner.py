@@ -28,7 +28,9 @@ def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool
     loaded = load_config(config, overrides, registry)
     folder = Path(loaded.run.dir)
     terminal = Terminal()
-    if fresh and (aside := set_aside(folder)):
+    if fresh and folder.exists():
+        with locked(folder):  # not from under another process
+            aside = set_aside(folder)
         terminal.say(f"the earlier run was moved to {aside}")
     with locked(folder):
         _run(loaded, registry, folder, terminal)

@@ -18,6 +18,7 @@ from alignkit.files import sha256
 from alignkit.interfaces import TokenBatch
 from alignkit.models.causal_lm import load
 from alignkit.models.config import TuningConfig
+from alignkit.runner import run_config
 
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
@@ -160,16 +161,15 @@ def test_a_second_process_in_the_same_folder_is_refused(finished: Path) -> None:
 
     with (finished / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another process is running"):
-            alignkit.run(SMOKE, [f"dir={finished}"])
+        for fresh in (False, True):
+            with pytest.raises(RunError, match="another process is running"):
+                run_config(SMOKE, [f"dir={finished}"], fresh=fresh)
 
 
 def test_fresh_starts_anew_and_keeps_the_old_run(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "ppo" / "manifest.json").unlink()
-    from alignkit.runner import run_config
-
     run_config(SMOKE, [f"dir={run}"], fresh=True)
     assert not (tmp_path / "run.old-1" / "ppo" / "manifest.json").exists()
     assert weights(run) == weights(finished)
