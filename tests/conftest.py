@@ -1,4 +1,4 @@
-"""For every test: how many threads torch uses, and which file of golden numbers."""
+"""For every test: how many threads torch uses, which examples property tests take, and which file of golden numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, however busy the machine is, and no files left behind.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 # Before torch is imported by any test. Tiny tensors gain nothing from threads, and sums are the same on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

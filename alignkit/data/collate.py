@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,33 +23,19 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
     return TokenBatch(ids, mask, loss_mask)
 
 
-# What a microbatch costs besides its tokens, in tokens: below this, splitting further to save padding does not pay.
-_FIXED_COST = 64
-
-
 def length_buckets(lengths: Sequence[int], max_tokens: int, sizes: Sequence[int] | None = None) -> list[list[int]]:
-    """Microbatches of indices: by length, so that as little as possible is padded, each at most ``max_tokens`` tokens with its padding.
+    """Microbatches of indices: by length, so that little is padded, each at most ``max_tokens`` tokens with its padding.
 
     ``sizes``: how many rows each item stands for (the responses of a ranking, which stay together). An item that is too
     large by itself is a microbatch alone. Longest first: what memory is needed is known after the first microbatch.
     """
-    rows = sizes or [1] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # least[k]: the cheapest way to split the k longest items, and where its last microbatch begins.
-    least: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(order) + 1):
-        count, best = 0, (math.inf, 0)
-        for start in range(end - 1, -1, -1):
-            count += rows[order[start]]
-            cells = count * lengths[order[start]]
-            if cells > max_tokens and start < end - 1:
-                break
-            best = min(best, (least[start][0] + cells + _FIXED_COST, start))
-        least.append(best)
+    sizes = sizes or [1] * len(lengths)
     buckets: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = least[end][1]
-        buckets.insert(0, order[start:end])
-        end = start
+    rows = widest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not buckets or (rows + sizes[i]) * widest > max_tokens:
+            buckets.append([])
+            rows, widest = 0, lengths[i]
+        buckets[-1].append(i)
+        rows += sizes[i]
     return buckets

@@ -121,7 +121,11 @@ def _encode(
 
 def _cut_end(row: TokenRow, max_length: int) -> TokenRow | None:
     mask = row.loss_mask[:max_length]
-    return TokenRow(row.id, row.ids[:max_length], mask) if any(mask[1:]) else None
+    if not any(mask[1:]):
+        return None
+    # The cut may fall into a turn that is not trained: nothing learns from what follows the last trained token.
+    end = len(mask) - mask[::-1].index(True)
+    return TokenRow(row.id, row.ids[:end], mask[:end])
 
 
 def _cut_prompts(row: RankedRows, max_length: int) -> RankedRows | None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from alignkit.data.codec import TemplateCodec
 from alignkit.errors import ConfigError
 from alignkit.feed import read_feed
+from alignkit.registry import did_you_mean
 from alignkit.types import PromptRow, RankedRows, TokenRow
 
 if TYPE_CHECKING:
     from alignkit.config.load import LoadedConfig
+    from alignkit.config.schema import StageConfig
     from alignkit.registry import Registry
 
 Mark = Callable[[str], str]
@@ -28,11 +30,7 @@ def preview(loaded: LoadedConfig, registry: Registry, stage: str, rows: int) -> 
 
     Raises ``ConfigError`` when there is no such stage or it learns from no data, and what reading the data raises.
     """
-    run = loaded.run
-    named = {each.name: each for each in run.stages if each.optimizer}
-    if stage not in named:
-        raise ConfigError([f"{loaded.path}: {stage!r} is no stage with an optimizer; there are {', '.join(named) or 'none'}"])
-    chosen = named[stage]
+    run, chosen = loaded.run, _stage(loaded, stage)
     assert chosen.optimizer is not None
     form = registry.optimizer(chosen.optimizer.kind).feed
     codec: Any = registry.policy(run.policy.kind).codec(run.policy.config, None)
@@ -42,14 +40,25 @@ def preview(loaded: LoadedConfig, registry: Registry, stage: str, rows: int) -> 
     return f"stage {stage}: {len(feed.rows)} {'prompts' if form == 'rollouts' else form}, at most {chosen.max_length} tokens\n{text}"
 
 
+def _stage(loaded: LoadedConfig, name: str) -> StageConfig:
+    named = {each.name: each for each in loaded.run.stages}
+    learning = [each.name for each in loaded.run.stages if each.optimizer]
+    choice = f"stages that learn: {', '.join(learning) or 'none'}"
+    if name not in named:
+        raise ConfigError([f'{loaded.path}: there is no stage "{name}"{did_you_mean(name, learning)}; {choice}'])
+    if name not in learning:
+        raise ConfigError([f'{loaded.path}: stage "{name}" evaluates, so it has no data to show; {choice}'])
+    return named[name]
+
+
 def in_brackets(text: str) -> str:
     """⟦text⟧"""
     return f"⟦{text}⟧"
 
 
 def in_colour(text: str) -> str:
-    """Green on a terminal. Each line by itself, so that a pager keeps the colour."""
-    return "\n".join(f"\x1b[32m{line}\x1b[0m" if line else line for line in text.split("\n"))
+    """⟦text⟧ in green, for a terminal. Each line by itself, so that a pager keeps the colour; brackets, so that a copy keeps the marks."""
+    return "\n".join(f"\x1b[32m{line}\x1b[0m" if line else line for line in in_brackets(text).split("\n"))
 
 
 def render(codec: TemplateCodec, rows: Sequence[TokenRow | RankedRows | PromptRow], report: Mapping[str, Any], *, mark: Mark) -> str:

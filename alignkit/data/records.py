@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,10 +84,10 @@ def prompts(rows: Sequence[Row]) -> list[Prompt]:
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 of the rows' values, in order."""
+    """sha256 of the rows' values, in order; a key whose value is null is not there, so the same rows agree in every kind of file."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_canonical(row.values) + b"\n")
+        digest.update(_canonical(_present(row.values)) + b"\n")
     return digest.hexdigest()
 
 
@@ -94,20 +95,25 @@ class _Names:
     """Ids: a row's own, or one that follows from its prompt and from how often that came before."""
 
     def __init__(self) -> None:
-        self._own: dict[str, str] = {}
+        self._taken: dict[str, str] = {}
         self._repeats: dict[str, int] = {}
 
     def of(self, row: Row, messages: Sequence[Message]) -> str:
         own = row.values.get("id")
-        if own is not None:
-            name = str(own)
-            if name in self._own:
-                raise _error(row, f"the id {name!r} is taken by {self._own[name]}; ids must be unique, or left out")
-            self._own[name] = row.origin
-            return name
+        name = self._made(messages) if own is None else str(own)
+        if name in self._taken:
+            raise _error(row, f"the id {name!r} is taken by {self._taken[name]}; ids must be unique, or left out")
+        self._taken[name] = row.origin
+        return name
+
+    def _made(self, messages: Sequence[Message]) -> str:
         key = hashlib.sha256(_canonical([[m.role, m.content] for m in messages])).hexdigest()[:16]
-        self._repeats[key] = self._repeats.get(key, 0) + 1
-        return key if self._repeats[key] == 1 else f"{key}-{self._repeats[key]}"
+        while True:
+            self._repeats[key] = self._repeats.get(key, 0) + 1
+            name = key if self._repeats[key] == 1 else f"{key}-{self._repeats[key]}"
+            # Another row may have this id for its own: ids that were made here once come back in files.
+            if name not in self._taken:
+                return name
 
 
 def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Names, read: frozenset[str]) -> Prompt:
@@ -115,7 +121,7 @@ def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Nam
         raise _error(row, "the conversation begins with an assistant turn; a response needs something to answer")
     if messages[-1].role == "assistant":
         raise _error(row, "the prompt ends with an assistant turn; it must end with the turn to be answered, the answer is no part of it")
-    metadata = {key: value for key, value in row.values.items() if key not in read}
+    metadata = {key: value for key, value in _present(row.values).items() if key not in read}
     return Prompt(names.of(row, messages), messages, plain=plain, metadata=metadata)
 
 
@@ -190,7 +196,9 @@ def _number(row: Row, name: str, default: float, *, low: float, high: float = ma
     found = row.values.get(name)
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high or not math.isfinite(found):
+    # The largest float bounds whole numbers too, which JSON has in any size.
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not number or not low <= found <= min(high, sys.float_info.max):
         bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
         raise _error(row, f"{name} is {_quoted(found)}; allowed: a number {bounds}")
     return float(found)
@@ -236,6 +244,13 @@ def _error(row: Row, what: str) -> DataError:
 
 def _quoted(value: Any) -> str:
     return shown(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _present(value: Any) -> Any:
+    """Without keys that hold null: a table has every column in every row, also those that only other rows fill."""
+    if isinstance(value, Mapping):
+        return {key: _present(held) for key, held in value.items() if held is not None}
+    return [_present(held) for held in value] if isinstance(value, list) else value
 
 
 def _canonical(value: Any) -> bytes:

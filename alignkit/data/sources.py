@@ -73,6 +73,10 @@ def _object(line: bytes, origin: str) -> dict[str, Any]:
         raise DataError(f"{origin}: {half} is half of a surrogate pair, and no character by itself; the row is {shown(text)}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}:{error.colno}: not JSON: {error.msg}; the row is {shown(text)}") from error
+    except ValueError as error:
+        raise DataError(f"{origin}: a number in it has more digits than can be read; the row is {shown(text)}") from error
+    except RecursionError as error:
+        raise DataError(f"{origin}: it is nested more deeply than can be read; the row is {shown(text)}") from error
     if not isinstance(values, dict):
         raise DataError(f'{origin}: a row must be a JSON object, such as {{"prompt": ...}}; found {shown(text)}')
     return values
@@ -89,6 +93,9 @@ def _parquet(path: str) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{path} row {number}")
+    except UnicodeDecodeError as error:
+        # A Parquet string is UTF-8 by definition, but writers do not check it and neither does the reader of the file.
+        raise DataError(f"{path} row {number + 1} or after: not UTF-8 text: {error}") from error
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as a Parquet file: {shown(str(error))}") from error
 

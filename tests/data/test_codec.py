@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_a_sample_is_its_prompt_then_its_response_then_the_stop_token(template: 
     row, before = each.sample(Sample(prompt, response, finished=False)), each.prompt(prompt)
     assert row.ids == (*before, *each.tokenizer(response).input_ids, STOP)
     assert row.loss_mask == (False,) * len(before) + (True,) * (len(row) - len(before))
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name.startswith("generation")])
+def test_a_template_that_marks_its_turns_trains_the_same_tokens_as_one_that_does_not(template: str) -> None:
+    marked = TEMPLATES[template]
+    unmarked = re.sub(r"\{%-? (end)?generation -?%\}", "", marked)
+    assert unmarked != marked
+    demonstration = Demonstration(Prompt("p", turns("Hi", "Hello!", "And?")), turns("Bye.", "One more", "No 🗼", first="assistant"))
+    assert codec(marked).demonstration(demonstration) == codec(unmarked).demonstration(demonstration)
 
 
 def test_thoughts_that_a_template_drops_from_earlier_turns_do_not_hide_those_turns() -> None:

@@ -80,6 +80,46 @@ def test_a_prompt_loses_its_beginning() -> None:
     assert CODEC.shown(chat.rows[0].ids).endswith("<|im_start|>assistant\n")
 
 
+RANKING = Ranking(plain("abcdef", "r"), ("x", "yyy"), (1, 2))  # rows of 8 and 10 tokens
+SMALL = Ranking(plain("a", "s"), ("x", "y"), (1, 1))  # two rows of 3 tokens
+
+
+def test_a_ranking_is_as_long_as_its_longest_response() -> None:
+    assert encode_rankings(CODEC, [RANKING], max_length=10, overlong="error").rows == (CODEC.ranked(RANKING),)
+    with pytest.raises(DataError, match=r"^ranking 'r' \(abcdef\): it has 10 tokens, more than max_length 9; raise max_length"):
+        encode_rankings(CODEC, [RANKING], max_length=9, overlong="error")
+
+
+def test_a_dropped_ranking_takes_all_its_responses_along() -> None:
+    found = encode_rankings(CODEC, [RANKING, SMALL], max_length=9, overlong="drop")
+    assert [row.id for row in found.rows] == ["s"]
+    assert found.report.as_json() == {
+        "kept": 1, "truncated": 0, "dropped": 1, "truncated_ids": [], "dropped_ids": ["r"], "tokens": 6, "longest": 3,
+    }  # fmt: skip
+
+
+def test_a_prompt_that_is_too_long_is_refused_or_dropped() -> None:
+    with pytest.raises(DataError, match=r"^prompt 'p' \(abcdef\): it has 6 tokens, more than max_length 5"):
+        encode_prompts(CODEC, [plain("abcdef")], max_length=5, overlong="error")
+    found = encode_prompts(CODEC, [plain("abcdef"), plain("ab", "q")], max_length=5, overlong="drop")
+    assert [row.prompt.id for row in found.rows] == ["q"]
+    assert (found.report.kept, found.report.dropped, found.report.tokens) == (1, ("p",), 2)
+
+
+def test_a_cut_inside_a_turn_that_is_not_trained_leaves_nothing_of_that_turn() -> None:
+    prompt, completion = Prompt("d", turns("Hi")), turns("Hello!", "And what else?", "Bye.", first="assistant")
+    whole = CODEC.demonstration(Demonstration(prompt, completion))
+    first = CODEC.demonstration(Demonstration(prompt, completion[:1]))
+    (cut,) = encode_demonstrations(CODEC, [Demonstration(prompt, completion)], max_length=len(whole) - 20, overlong="truncate").rows
+    assert cut == first
+    assert trained(CODEC, cut) == ["Hello!<|im_end|>"]
+
+
+def test_a_prompt_of_no_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="it has no token at all"):
+        encode_prompts(CODEC, [plain("")], max_length=5, overlong="error")
+
+
 def test_what_the_codec_refuses_names_the_record() -> None:
     with pytest.raises(DataError, match=r"^prompt 'p' \(Hi\): the data holds conversations, but .* no chat template"):
         encode_prompts(codec(None), [Prompt("p", turns("Hi"))], max_length=8, overlong="error")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from alignkit.types import Message
 USER, YES, NO = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 SYSTEM = {"role": "system", "content": "S"}
 Q, S, A = Message("user", "Q"), Message("system", "S"), Message("assistant", "yes")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 Read = Callable[[Sequence[Row]], Sequence[Any]]
 
 
@@ -80,6 +83,13 @@ def test_forms_of_prompts(row: dict[str, Any], messages: object, plain: bool) ->
     assert (found.messages, found.plain) == (messages, plain)
 
 
+def test_the_rows_in_the_documentation_have_the_forms_they_stand_for() -> None:
+    examples = re.findall(r"^```json\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    reads: list[Read] = [demonstrations, rankings, prompts]
+    found = [read(rows(*map(json.loads, lines.splitlines()))) for read, lines in zip(reads, examples, strict=True)]
+    assert [len(records) for records in found] == [3, 3, 2]
+
+
 def test_columns_that_a_form_does_not_read_are_metadata() -> None:
     (found,) = prompts(rows({"id": "x", "prompt": "Q", "completion": "gold", "topic": ["t"]}))
     assert found.metadata == {"completion": "gold", "topic": ["t"]}
@@ -99,6 +109,21 @@ def test_ids_are_the_rows_own_or_follow_from_the_prompt() -> None:
     assert (own, second, third) == ("7", f"{first}-2", f"{first}-3")
     assert other != first
     assert prompts(rows({"prompt": "R"}))[0].id == other
+
+
+def test_an_id_that_follows_from_the_prompt_gives_way_to_a_row_that_has_it_for_its_own() -> None:
+    made = "09765970e66b010a"
+    values: list[dict[str, Any]] = [{"id": made, "prompt": "Z"}, {"id": f"{made}-2", "prompt": "Y"}, {"prompt": "Q"}]
+    assert [prompt.id for prompt in prompts(rows(*values))] == [made, f"{made}-2", f"{made}-3"]
+    with pytest.raises(DataError, match=rf"x\.jsonl:2: the id '{made}' is taken by x\.jsonl:1"):
+        prompts(rows({"prompt": "Q"}, {"id": made, "prompt": "Z"}))
+
+
+def test_a_column_that_is_null_is_not_there() -> None:
+    (bare,), (filled,) = (prompts(rows({"prompt": "Q", **more})) for more in ({}, {"topic": None, "facts": {"a": None, "b": [None, 1]}}))
+    assert (bare.metadata, filled.metadata) == ({}, {"facts": {"b": [None, 1]}})
+    assert fingerprint(rows({"prompt": "Q", "topic": None})) == fingerprint(rows({"prompt": "Q"}))
+    assert fingerprint(rows({"prompt": "Q", "n": [None]})) != fingerprint(rows({"prompt": "Q", "n": []}))
 
 
 NOT_HELD = "chosen and rejected are whole conversations, and the prompt beside them is not in them"
@@ -145,6 +170,9 @@ BAD: list[tuple[Read, dict[str, Any], str]] = [
     (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "weight": -1}, "weight is -1; allowed: a number at least 0"),
     (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "margin": -0.5}, "margin is -0.5; allowed: a number at least 0"),
     (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is NaN; allowed: a number at least 0"),
+    (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("inf")}, "margin is Infinity; allowed: a number at least 0"),
+    (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 10**400}, f"weight is 1{'0' * 199}...; allowed: a number"),
+    (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "weight": True}, "weight is true; allowed: a number at least 0"),
     (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "weight": "2"}, "weight is \"2\"; allowed: a number at least 0"),
     (rankings, {"prompt": "Q", "chosen": "a", "rejected": "b", "preference": 1.5}, "preference is 1.5; allowed: a number from 0 to 1"),
     (rankings, {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [1, 2, 3], "preference": 0.5}, "preference is given with 3"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alignkit.data.records import fingerprint, rankings
 from alignkit.data.sources import DATA_SPECS, DatasetsConfig, FileConfig
 from alignkit.errors import DataError
 from alignkit.interfaces import Row
@@ -49,6 +52,8 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> No
         (b'{"a": 1}\n\n{"a": "caf\xe9"}\n', 'x.jsonl:3: not UTF-8 text from byte 11 of the line on; the row is {"a": "caf\ufffd"}'),
         ('{"a": 1}\n'.encode("utf-16"), "x.jsonl:1: not UTF-8 text from byte 1 of the line on"),
         (b'{"a": "\\ud83d"}\n', r"x.jsonl:1: '\ud83d' is half of a surrogate pair, and no character by itself; the row is"),
+        (b'{"a": ' + b"1" * 5000 + b"}\n", "x.jsonl:1: a number in it has more digits than can be read; the row is {"),
+        (b'{"a": ' + b"[" * 200_000 + b"}\n", "x.jsonl:1: it is nested more deeply than can be read; the row is {"),
         (b"", "x.jsonl: there are no rows in it"),
         (b"\n \n", "x.jsonl: there are no rows in it"),
     ],
@@ -80,6 +85,50 @@ def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist(ROWS), path, row_group_size=2)
     assert read("parquet", path) == [Row(values, f"{path} row {i}") for i, values in enumerate(ROWS, start=1)]
     assert len(read("parquet", path, limit=1)) == 1
+
+
+def test_parquet_text_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    text = arrow.Array.from_buffers(arrow.string(), 1, arrow.array([b"caf\xe9"], arrow.binary()).buffers())
+    parquet.write_table(arrow.table({"prompt": text}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet row 1 or after: not UTF-8 text: .* byte 0xe9 in position 3"):
+        read("parquet", tmp_path / "x.parquet")
+
+
+def test_a_parquet_file_without_rows_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"prompt": arrow.array([], arrow.string())}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: there are no rows in it"):
+        read("parquet", tmp_path / "x.parquet")
+
+
+def test_the_same_rows_are_the_same_records_and_fingerprint_in_every_kind_of_file(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    ask, tell = {"role": "user", "content": "Q 🗼"}, {"role": "assistant", "content": "yes"}
+    # No column is in all rows, nor is every key in all turns: a table fills the gaps with null.
+    values: list[dict[str, Any]] = [
+        {"prompt": [ask], "chosen": [tell], "rejected": [{**tell, "content": "no"}], "labeler": "kim", "margin": 0.5},
+        {"id": "b", "chosen": [{**ask, "name": "Ada"}, tell], "rejected": [{**ask, "name": "Ada"}, {**tell, "content": "no"}]},
+        {"prompt": [ask], "responses": ["a", "b", "c"], "ranks": [2, 1, 2], "topic": {"name": "t", "page": 3}},
+    ]
+    columns = sorted({name for row in values for name in row})
+    table = arrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in values])
+    path = jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in values).encode())
+    parquet.write_table(table, tmp_path / "x.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    found = [read("jsonl", path), read("parquet", tmp_path / "x.parquet"), read("datasets", tmp_path / "saved")]
+    assert len({fingerprint(rows) for rows in found}) == 1
+    lines, *others = (rankings(rows) for rows in found)
+    assert others == [lines, lines]
+    assert [ranking.responses for ranking in lines] == [("yes", "no"), ("yes", "no"), ("a", "b", "c")]
+    assert lines[2].prompt.metadata == {"topic": {"name": "t", "page": 3}}
 
 
 def test_what_is_not_parquet_is_an_error(tmp_path: Path) -> None:
