@@ -415,10 +415,9 @@ def step_of(found):
     return found.step
 
 def work():
-    found = load_checkpoint(folder, print)
+    found = load_checkpoint(folder, lambda text: print(text, file=sys.stderr))
     step = step_of(found) if found else 0
     assert not [name for name in os.listdir(folder) if name.startswith(".")] if found else True
-    print("ready", flush=True)
     while True:
         step += 1
         save_checkpoint(folder, step, {name: State({"x": base + step}, {"step": step}) for name in ("a", "b", "c")}, keep=2)

@@ -173,6 +173,12 @@ def test_a_completion_without_an_assistant_turn_is_refused() -> None:
         codec().demonstration(Demonstration(ask("Hi"), (Message("user", "Hello?"),)))
 
 
+def test_a_stop_token_with_nothing_before_it_cannot_be_learned() -> None:
+    # Nothing predicts the first token of a row.
+    with pytest.raises(DataError, match="no token of it would be trained"):
+        codec().sample(Sample(plain(""), ""))
+
+
 def test_of_several_templates_the_default_one_counts() -> None:
     several = {"tool_use": ENDLESS, "default": DEFAULT_CHAT_TEMPLATE}
     assert codec(several).prompt(ask("Hi")) == codec().prompt(ask("Hi"))

@@ -9,7 +9,7 @@ import pytest
 from alignkit.data.encode import encode_demonstrations, encode_prompts, encode_rankings
 from alignkit.errors import DataError
 from alignkit.types import Demonstration, Message, Prompt, Ranking
-from tests.data.chat import STOP, codec, plain, trained, turns
+from tests.data.chat import STOP, codec, merging_codec, plain, trained, turns
 
 CODEC = codec()
 
@@ -70,6 +70,16 @@ def test_a_ranking_loses_the_same_beginning_of_its_prompt_for_every_response() -
 def test_a_ranking_whose_response_leaves_no_room_for_a_prompt_is_dropped(max_length: int, kept: int) -> None:
     found = encode_rankings(CODEC, [Ranking(plain("abcdef", "r"), ("x", "yyy"), (1, 2))], max_length=max_length, overlong="truncate")
     assert (len(found.rows), found.report.dropped) == (kept, () if kept else ("r",))
+
+
+@pytest.mark.parametrize(("max_length", "kept"), [(5, 1), (4, 0)])
+def test_a_response_that_is_merged_with_the_end_of_its_prompt_is_not_cut_either(max_length: int, kept: int) -> None:
+    # "is| the|..." and "is| th|...": one response begins a token earlier than the other.
+    each = merging_codec()
+    ranking = Ranking(plain("is th", "r"), ("e theme", " further there"), (1, 2))
+    starts = [row.loss_mask.index(True) for row in each.ranked(ranking).rows]
+    found = encode_rankings(each, [ranking], max_length=max_length, overlong="truncate")
+    assert (starts, len(found.rows)) == ([1, 2], kept)
 
 
 def test_a_prompt_loses_its_beginning() -> None:
