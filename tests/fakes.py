@@ -1,4 +1,4 @@
-"""Small stand-ins that behave: tiny policies of three architectures, kept for the session."""
+"""Small stand-ins that behave: tiny policies of three architectures, made once."""
 
 from __future__ import annotations
 
