@@ -41,6 +41,7 @@ class _Guarded(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             ctx.exit(130)
+        # The outermost frame of the program: nothing is repaired or hidden here, the whole traceback is shown and the exit code is 1.
         except Exception:
             _bug(ctx)
 

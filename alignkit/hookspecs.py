@@ -14,30 +14,30 @@ hookimpl = pluggy.HookimplMarker("alignkit")
 
 
 @hookspec
-def register_policies() -> list[PolicySpec]:  # type: ignore[empty-body]
+def register_policies() -> list[PolicySpec]:
     """Models that can be aligned."""
 
 
 @hookspec
-def register_rewards() -> list[RewardSpec]:  # type: ignore[empty-body]
+def register_rewards() -> list[RewardSpec]:
     """Sources of scores."""
 
 
 @hookspec
-def register_optimizers() -> list[OptimizerSpec]:  # type: ignore[empty-body]
+def register_optimizers() -> list[OptimizerSpec]:
     """Alignment algorithms."""
 
 
 @hookspec
-def register_data_sources() -> list[DataSpec]:  # type: ignore[empty-body]
+def register_data_sources() -> list[DataSpec]:
     """Sources of rows."""
 
 
 @hookspec
-def register_evaluators() -> list[EvaluatorSpec]:  # type: ignore[empty-body]
+def register_evaluators() -> list[EvaluatorSpec]:
     """Measurements of finished stages."""
 
 
 @hookspec
-def register_trackers() -> list[TrackerSpec]:  # type: ignore[empty-body]
+def register_trackers() -> list[TrackerSpec]:
     """Places where metrics go."""

@@ -50,7 +50,7 @@ class Learner:
         totals: dict[str, float] = {}
         for microbatch in microbatches:
             share, metrics = loss(microbatch)
-            share.backward()  # type: ignore[no-untyped-call]
+            share.backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
         norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.clip_norm))

@@ -6,7 +6,7 @@ Torch-free and omegaconf-free, so that a plugin's declaring module may import it
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Generic, NewType, TypeVar
+from typing import Any, Generic, NewType, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -72,3 +72,10 @@ class Component(Generic[T]):
 
     kind: str
     config: Any
+
+
+def interface_of(annotation: Any) -> type:
+    """The interface that a field annotated ``Component[Interface]`` asks for; ``Component[Optimizer[Any]]`` asks for ``Optimizer``."""
+    (interface,) = get_args(annotation)
+    named: type = get_origin(interface) or interface
+    return named

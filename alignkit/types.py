@@ -27,12 +27,14 @@ class Prompt:
 
     A ``plain`` prompt is text to be continued: its one message is encoded as it stands, without a chat template.
     ``metadata`` holds the row's other columns (a reference answer, a topic) for reward sources that want them.
+    ``origin`` is the place it was read from, such as ``data/prompts.jsonl:12``; the same prompt from elsewhere is the same prompt.
     """
 
     id: str
     messages: tuple[Message, ...]
     plain: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

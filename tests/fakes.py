@@ -17,7 +17,7 @@ ARCHITECTURES = ("llama", "gpt2", "qwen2")
 def tiny_folder(architecture: str = "llama", seed: int = 0) -> Path:
     """A transformers folder of a tiny random model, made once."""
     folder = Path(tempfile.mkdtemp(prefix="alignkit-tiny-")) / architecture
-    return tiny.prepare(TinyLMConfig(architecture=architecture, hidden_size=32, seed=seed), folder)  # type: ignore[arg-type]
+    return tiny.prepare(TinyLMConfig(architecture=architecture, hidden_size=32, seed=seed), folder)
 
 
 def tiny_policy(

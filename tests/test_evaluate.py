@@ -7,9 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +21,7 @@ from alignkit.evaluate.statistics import bootstrap_interval, distinct, outcomes,
 from alignkit.evaluate.win_rate import WinRate, rated_samples, sequence_kl
 from alignkit.interfaces import Policy, Rollout, Row, TokenBatch, TokenScores
 from alignkit.settings import Component
-from alignkit.types import Prompt, PromptRow, Sample, Sampling, Score, TokenRow
+from alignkit.types import Prompt, PromptRow, Sample, Sampling, Score
 from tests.fakes import tiny_policy
 
 NAN = math.nan
@@ -80,15 +78,12 @@ class FakeCodec:
     def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(ord(c) for c in prompt.messages[-1].content)
 
-    def sample(self, sample: Sample) -> TokenRow:
-        raise NotImplementedError
-
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids if i)
 
 
 class FakePolicy:
-    """Every token has the same log-probability."""
+    """Every token has the same log-probability. It has what an evaluation may use of a policy, and nothing else."""
 
     codec = FakeCodec()
     version = 0
@@ -97,22 +92,9 @@ class FakePolicy:
         self.says = says
         self._logprob = logprob
 
-    @property
-    def module(self) -> torch.nn.Module:
-        raise NotImplementedError
-
-    def reference(self) -> Policy:
-        raise NotImplementedError
-
-    def decoding(self) -> AbstractContextManager[tuple[Any, bool]]:
-        raise NotImplementedError
-
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         logprobs = self._logprob * batch.loss_mask.float()
         return TokenScores(logprobs, logprobs)
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
 
 
 class FakeEngine:

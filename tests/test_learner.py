@@ -18,7 +18,7 @@ class Line(nn.Module):
 
 def fit(learner: Learner, line: Line, parts: list[list[float]], count: int) -> dict[str, float]:
     def loss(part: list[float]) -> tuple[Tensor, Metrics]:
-        share = sum((line.w * x - 2.0 * x) ** 2 for x in part).sum() / count  # type: ignore[union-attr]
+        share = torch.cat([(line.w * x - 2.0 * x) ** 2 for x in part]).sum() / count
         return share, {"loss": float(share.detach()), "share": len(part) / count}
 
     return learner.step(parts, loss)

@@ -101,8 +101,8 @@ MISTAKES = [
     Mistake("no choice of these", edit("coef: 0.05", "kind: k4"), ('ppo.optimizer.kl.kind is "k4"; allowed: fixed, adaptive',)),
     Mistake("two that do not fit", edit("minibatches: 2", "minibatches: 99"), ("smoke.yaml:27:20: ppo.optimizer.minibatches is 99",)),
     # Keys and kinds
-    Mistake("a misspelt key", edit("seed: 7", "sede: 7"), ("smoke.yaml:5:7: sede is not a key", 'did you mean "seed"?')),
-    Mistake("a misspelt key deep inside", edit("{coef: 0.05}", "{coeff: 0.05}"), ("smoke.yaml:30:19: ppo.optimizer.kl.coeff", '"coef"?')),
+    Mistake("a misspelt key", edit("seed: 7", "sede: 7"), ("smoke.yaml:5:1: sede is not a key", 'did you mean "seed"?')),
+    Mistake("a misspelt key deep inside", edit("{coef: 0.05}", "{coeff: 0.05}"), ("smoke.yaml:30:12: ppo.optimizer.kl.coeff", '"coef"?')),
     Mistake("a missing key", edit("name: smoke\n", ""), ("smoke.yaml:3:1: the key name is missing",)),
     Mistake("an unknown kind", edit("kind: ppo", "kind: pppo"), ('no optimizer of kind "pppo"', 'did you mean "ppo"?', "installed: ")),
     Mistake("no kind", edit("{kind: tiny_lm}", "{layers: 2}"), ("smoke.yaml:6:9: policy has no kind; allowed: causal_lm, tiny_lm",)),

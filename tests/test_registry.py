@@ -128,7 +128,7 @@ def test_the_core_does_not_win_against_a_package_that_takes_its_kind(install: In
 
 
 def test_the_same_kind_under_two_interfaces_is_no_clash() -> None:
-    data = DataSpec(kind="twin", summary="rows", config=NoSettings, build=lambda config: None)  # type: ignore[arg-type, return-value]
+    data = DataSpec(kind="twin", summary="rows", config=NoSettings, build=lambda config: None)
     registry = Registry.of(plugin(reward_spec("twin")), plugin(data, hook="register_data_sources"))
     assert registry.failures == ()
     assert registry.reward("twin").summary == "about twin"

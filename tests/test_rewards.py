@@ -1,5 +1,5 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,9 @@ from alignkit.errors import PluginError, RunError, SettingError
 from alignkit.interfaces import State
 from alignkit.rewards import MixConfig, MixedReward, PythonConfig, PythonReward
 from alignkit.types import Message, Prompt, Sample, Score
+
+Write = Callable[[str, str], PythonReward]
+"""Writes a module with a reward function of that body, and makes a reward source of it."""
 
 
 def samples(*responses: str) -> list[Sample]:
@@ -23,7 +26,7 @@ class Fixed:
 
 
 @pytest.fixture
-def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     def write(name: str, body: str) -> PythonReward:
         (tmp_path / f"{name}.py").write_text(f"def reward(samples):\n    return {body}\n")
         monkeypatch.chdir(tmp_path)
@@ -33,12 +36,12 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[n
     return write
 
 
-def test_any_function_is_a_reward_source(function) -> None:  # type: ignore[no-untyped-def]
+def test_any_function_is_a_reward_source(function: Write) -> None:
     scores = function("lengths", "[len(s.response) for s in samples]").score(samples("ab", "abcd"))
     assert [score.value for score in scores] == [2.0, 4.0]
 
 
-def test_none_is_no_verdict_and_never_zero(function) -> None:  # type: ignore[no-untyped-def]
+def test_none_is_no_verdict_and_never_zero(function: Write) -> None:
     scores = function("silent", "[None, 0.0]").score(samples("a", "b"))
     assert scores[0].value is None
     assert scores[0].reason == "silent:reward returned None"
@@ -53,7 +56,7 @@ def test_none_is_no_verdict_and_never_zero(function) -> None:  # type: ignore[no
         ("endless", "[float('nan'), 1.0]", "returned nan; allowed"),
     ],
 )
-def test_a_wrong_answer_is_refused_and_shown(function, name: str, body: str, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_answer_is_refused_and_shown(function: Write, name: str, body: str, message: str) -> None:
     with pytest.raises(RunError, match=message.replace("(", r"\(")):
         function(name, body).score(samples("a", "b"))
 

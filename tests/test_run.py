@@ -110,12 +110,12 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
     import alignkit.stage
 
     def stop_after_three(*arguments: object) -> object:
-        after = original(*arguments)  # type: ignore[arg-type]
+        after = original(*arguments)
         runner, config = arguments[0], arguments[1]
 
         def counted(step: int, metrics: dict[str, float]) -> None:
-            if config.name == stage and step == 3:  # type: ignore[attr-defined]
-                runner._stop.signal = signal.SIGINT  # type: ignore[attr-defined]
+            if config.name == stage and step == 3:
+                runner._stop.signal = signal.SIGINT
             after(step, metrics)
 
         return counted

@@ -179,7 +179,7 @@ def test_s9_no_dropout_anywhere_also_after_an_update(architecture: str, tuning: 
         figures: list[Tensor] = [policy.score_tokens(batch).logprobs, reference.score_tokens(batch).logprobs, scalar.values(batch)]
         again: list[Tensor] = [policy.score_tokens(batch).logprobs, reference.score_tokens(batch).logprobs, scalar.values(batch)]
         assert all(torch.equal(first, second) for first, second in zip(figures, again, strict=True))
-        figures[0].sum().backward()  # type: ignore[no-untyped-call]
+        figures[0].sum().backward()
         learner.step()
 
 

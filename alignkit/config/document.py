@@ -24,11 +24,15 @@ _MOST_VALUES = 50_000
 
 @dataclass
 class Document:
-    """Values of a config, and where each came from: ``file:line:column``, or the override that set it."""
+    """Values of a config, and where each came from: ``file:line:column``, or the override that set it.
+
+    ``places``: line and column of each value; ``keys``: of the key that stands before it.
+    """
 
     file: str
     values: dict[str, Any]
     places: dict[Key, tuple[int, int]] = field(default_factory=dict)
+    keys: dict[Key, tuple[int, int]] = field(default_factory=dict)
     overridden: dict[Key, str] = field(default_factory=dict)
 
     def place(self, key: Key) -> tuple[int, int]:
@@ -227,6 +231,7 @@ class _Reader:
             if name in values:
                 self._problem(name_node, f'the key "{name}" stands here a second time; keep one of them')
             values[name] = self.plain(child, (*key, name))
+            self._document.keys[(*key, name)] = _mark(name_node)
             if child.value == "" and values[name] is None:
                 # An empty value has no place of its own worth showing: its mark is the start of whatever comes next.
                 self._document.places[(*key, name)] = _mark(name_node)
@@ -236,7 +241,7 @@ class _Reader:
         if node.tag not in _SCALARS:
             return self._problem(node, f"the tag {node.tag.replace(_TAG, '!!')} is not supported; write a plain value")
         try:
-            value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value = self._loader.construct_object(node)
         except (ValueError, KeyError):
             return self._problem(node, f'"{node.value[:40]}" cannot be read as !!{node.tag.replace(_TAG, "")}')
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):

@@ -13,7 +13,7 @@ from alignkit.config.load import LoadedConfig
 from alignkit.config.schema import RunConfig
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.registry import Registry
-from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName
+from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName, interface_of
 
 INTERFACES: dict[str, type] = {
     "policy": Policy,
@@ -100,7 +100,7 @@ def _property(kind: Any) -> dict[str, Any]:
     if origin is tuple:
         return {"type": "array", "items": _property(get_args(kind)[0])}
     if origin is Component:
-        return {"$ref": f"#/$defs/{_reference(get_args(kind)[0])}"}
+        return {"$ref": f"#/$defs/{_reference(interface_of(kind))}"}
     if dataclasses.is_dataclass(kind):
         return _object(typing.cast(type, kind), None, (kind.__doc__ or "").strip().splitlines()[0])
     return {"type": {int: "integer", float: "number", bool: "boolean"}.get(kind, "string")}
@@ -162,7 +162,7 @@ def _words(kind: Any) -> str:
     if origin is tuple:
         return f"list of {_words(get_args(kind)[0])}"
     if origin is Component:
-        noun = next(noun for noun, interface in INTERFACES.items() if interface is get_args(kind)[0])
+        noun = next(noun for noun, interface in INTERFACES.items() if interface is interface_of(kind))
         return f"{noun} (a `kind`)"
     if dataclasses.is_dataclass(kind):
         return "mapping"

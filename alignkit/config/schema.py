@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.settings import Component, PolicyStage, setting
@@ -24,7 +25,7 @@ class StageConfig:
     name: str = setting(doc="the stage's name and folder; other stages refer to it")
     start: PolicyStage | None = setting(None, "the earlier stage whose policy this stage starts from; none: the run's own `policy`")
     reference: PolicyStage | None = setting(None, "the earlier stage whose policy is the frozen reference; none: where the stage starts")
-    optimizer: Component[Optimizer] | None = setting(None, "the alignment algorithm")  # type: ignore[type-arg]
+    optimizer: Component[Optimizer[Any]] | None = setting(None, "the alignment algorithm")
     data: Component[DataSource] | None = setting(None, "demonstrations or rankings, for an optimizer that learns from them")
     validation: Component[DataSource] | None = setting(None, "held-out rows of the same form as `data`")
     prompts: Component[DataSource] | None = setting(None, "prompts, for an optimizer that learns from rollouts")

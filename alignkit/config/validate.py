@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from alignkit.config.document import Document, Key
 from alignkit.errors import PluginError, SettingError
 from alignkit.registry import Registry, did_you_mean
-from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName
+from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName, interface_of
 
 WRONG = object()
 """Stands for a value that a problem was reported about."""
@@ -66,7 +66,7 @@ class Validator:
             items = [self.value(get_args(kind)[0], item, (*key, i)) for i, item in enumerate(value)]
             return WRONG if WRONG in items else tuple(items)
         if origin is Component:
-            return self.component(get_args(kind)[0], value, key)
+            return self.component(interface_of(kind), value, key)
         if dataclasses.is_dataclass(kind):
             return self.dataclass(typing.cast(type, kind), value, key)
         if kind in _STAGES:
@@ -106,6 +106,8 @@ class Validator:
             if given not in fields:
                 wrong = True
                 where = f"{name}.{given}" if name else str(given)
+                if (inner := (*key, given)) in self.document.keys:
+                    self.document.places[inner] = self.document.keys[inner]  # the key is what is wrong, not its value
                 allowed = ", ".join([*besides, *fields])
                 self.report((*key, given), f"{where} is not a key; allowed: {allowed}{did_you_mean(given, fields)}")
         made = {}

@@ -93,7 +93,8 @@ def _encode(
     tally, rows = _Tally(), []
     for record in records:
         prompt = record if isinstance(record, Prompt) else record.prompt
-        name, place = prompt.id, f"{noun} {prompt.id!r} ({shown(prompt.messages[-1].content, 60)})"
+        where = f"{prompt.origin}: " if prompt.origin else ""
+        name, place = prompt.id, f"{where}{noun} {prompt.id!r} ({shown(prompt.messages[-1].content, 60)})"
         try:
             row = encode(record)
         except DataError as error:

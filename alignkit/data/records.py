@@ -122,7 +122,7 @@ def _prompt(row: Row, messages: tuple[Message, ...], *, plain: bool, names: _Nam
     if messages[-1].role == "assistant":
         raise _error(row, "the prompt ends with an assistant turn; it must end with the turn to be answered, the answer is no part of it")
     metadata = {key: value for key, value in _present(row.values).items() if key not in read}
-    return Prompt(names.of(row, messages), messages, plain=plain, metadata=metadata)
+    return Prompt(names.of(row, messages), messages, plain=plain, metadata=metadata, origin=row.origin)
 
 
 def _comparison(row: Row) -> tuple[tuple[Message, ...], bool, tuple[str, ...]]:
@@ -189,6 +189,8 @@ def _preference(row: Row, count: int) -> float | None:
         return None
     if count != 2:
         raise _error(row, f"preference is given with {count} responses; a soft label is for two")
+    if row.values.get("margin"):
+        raise _error(row, "margin and preference are given together; a margin is for a certain verdict, a soft label for an uncertain one")
     return _number(row, "preference", 1.0, low=0.0, high=1.0)
 
 

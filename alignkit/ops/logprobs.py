@@ -30,6 +30,7 @@ def selective_logprobs(
 
     Logits are made a few rows at a time, forward and backward, and never kept: that is what an ordinary head spends its memory on.
     """
+    # torch leaves Function.apply untyped, and mypy counts it as ours because the subclass is.
     logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 

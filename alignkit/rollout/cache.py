@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _GROWTH = 64
 
 
+# transformers is not type-checked with us (its types do not pass strict), so to mypy its classes are Any.
 class RowsLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values [rows heads columns width], kept in a block with room to grow to the right."""
 
@@ -21,8 +22,7 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
         """Append new columns; returns all keys and values so far, as views of the block."""
         new = key_states.shape[-2]
         if self._block is None or self._columns + new > self._block[0].shape[-2]:
-            self._block = tuple(self._grown(i, states) for i, states in enumerate((key_states, value_states)))  # type: ignore[assignment]
-        assert self._block is not None
+            self._block = (self._grown(0, key_states), self._grown(1, value_states))
         for block, states in zip(self._block, (key_states, value_states), strict=True):
             block[:, :, self._columns : self._columns + new] = states
         self._columns += new

@@ -169,7 +169,7 @@ def test_aliases_of_aliases_cannot_exhaust_the_reader(tmp_path: Path) -> None:
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = SMALL.replace("tiny_lm}", "tiny_lm, layers: 0}").replace("1e-4", "fast").replace("kind: jsonl", "kind: json") + "sede: 1\n"
     places = [problem.split(": ")[0] for problem in problems(tmp_path, text)]
-    assert places == ["c.yaml:2:33", "c.yaml:7:22", "c.yaml:8:18", "c.yaml:9:7"]
+    assert places == ["c.yaml:2:33", "c.yaml:7:22", "c.yaml:8:18", "c.yaml:9:1"]
 
 
 def test_an_override_may_choose_another_kind_which_forgets_the_keys_of_the_old_one(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_kind_whose_plugin_failed_to_load_shows_the_package_and_the_cause(tmp_
 
 def test_a_kind_of_two_plugins_names_both(tmp_path: Path) -> None:
     def plugin(name: str) -> Any:
-        spec = RewardSpec(kind="twice", summary=name, config=NoSettings, build=lambda config, context: None)  # type: ignore[arg-type, return-value]
+        spec = RewardSpec(kind="twice", summary=name, config=NoSettings, build=lambda config, context: None)
         return type(name, (), {"register_rewards": staticmethod(hookimpl(lambda: [spec], specname="register_rewards"))})
 
     both = Registry.of(plugin("AcmeOne"), plugin("AcmeTwo"))
@@ -304,6 +304,15 @@ def places_of(value: Any, key: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [key, *(place for name, child in children for place in places_of(child, (*key, name)))]
 
 
+def refusal(path: Path, overrides: Sequence[str]) -> tuple[str, ...] | None:
+    """Why the config is refused, None if it is not. Whatever else is raised fails the test that asks."""
+    try:
+        load_config(path, overrides, REGISTRY)
+    except ConfigError as error:
+        return error.problems
+    return None
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_config_brings_anything_but_a_config_error(data: st.DataObject, tmp_path: Path) -> None:
@@ -322,10 +331,7 @@ def test_no_config_brings_anything_but_a_config_error(data: st.DataObject, tmp_p
             around[key[-1]] = data.draw(ANYTHING)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
     overrides = data.draw(st.lists(st.text(max_size=12) | st.sampled_from(["ppo.x=1", "3=4", "stages.1=", "name=${"]), max_size=2))
-    try:
-        load_config(tmp_path / "c.yaml", overrides, REGISTRY)
-    except ConfigError as error:
-        assert error.problems  # noqa: PT017 - both outcomes are right
+    assert refusal(tmp_path / "c.yaml", overrides) != ()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -333,7 +339,4 @@ def test_no_config_brings_anything_but_a_config_error(data: st.DataObject, tmp_p
 def test_no_text_brings_anything_but_a_config_error(cut: int, text: str, tmp_path: Path) -> None:
     source = SMOKE.read_text()
     (tmp_path / "c.yaml").write_text(source[:cut] + text + source[cut:], encoding="utf-8", errors="replace")
-    try:
-        load_config(tmp_path / "c.yaml", (), REGISTRY)
-    except ConfigError as error:
-        assert error.problems  # noqa: PT017 - both outcomes are right
+    assert refusal(tmp_path / "c.yaml", ()) != ()

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from alignkit.data.encode import encode_demonstrations, encode_prompts, encode_rankings
+from alignkit.data.records import prompts
 from alignkit.errors import DataError
+from alignkit.interfaces import Row
 from alignkit.types import Demonstration, Message, Prompt, Ranking
 from tests.data.chat import STOP, codec, merging_codec, plain, trained, turns
 
@@ -133,3 +135,9 @@ def test_a_prompt_of_no_tokens_is_refused() -> None:
 def test_what_the_codec_refuses_names_the_record() -> None:
     with pytest.raises(DataError, match=r"^prompt 'p' \(Hi\): the data holds conversations, but .* no chat template"):
         encode_prompts(codec(None), [Prompt("p", turns("Hi"))], max_length=8, overlong="error")
+
+
+def test_a_row_that_is_too_long_is_found_by_its_file_and_line() -> None:
+    (prompt,) = prompts([Row({"prompt": "far too long for this"}, "data/prompts.jsonl:12")])
+    with pytest.raises(DataError, match=r"^data/prompts\.jsonl:12: prompt .* more than max_length 4; raise max_length"):
+        encode_prompts(CODEC, [prompt], max_length=4, overlong="error")

@@ -63,10 +63,14 @@ def test_forms_of_rankings(row: dict[str, Any], prompt: object, plain: bool, res
 
 
 def test_what_else_is_known_about_a_ranking() -> None:
-    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "labeler": 7, "weight": 2, "margin": 0.5, "preference": 0.75, "topic": "t"}
-    (found,) = rankings(rows(row))
-    assert (found.labeler, found.weight, found.margin, found.preference) == ("7", 2.0, 0.5, 0.75)
-    assert found.prompt.metadata == {"topic": "t"}
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "labeler": 7, "weight": 2, "topic": "t"}
+    (certain,) = rankings(rows({**row, "margin": 0.5}))
+    assert (certain.labeler, certain.weight, certain.margin, certain.preference) == ("7", 2.0, 0.5, None)
+    assert certain.prompt.metadata == {"topic": "t"}
+    (uncertain,) = rankings(rows({**row, "preference": 0.75}))
+    assert (uncertain.margin, uncertain.preference) == (0.0, 0.75)
+    with pytest.raises(DataError, match=r"x\.jsonl:1: margin and preference are given together"):
+        rankings(rows({**row, "margin": 0.5, "preference": 0.75}))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from alignkit.ops.schedule import schedule
 
 
 def shares(total: int, **options: object) -> list[float]:
-    return [schedule(step, total, **options) for step in range(total)]  # type: ignore[arg-type]
+    return [schedule(step, total, **options) for step in range(total)]
 
 
 def test_a_warm_up_worked_by_hand() -> None:

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+from alignkit.interfaces import Rollout
 from alignkit.models.causal_lm import CausalPolicy
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.engine import LocalEngine
@@ -97,7 +98,10 @@ def test_samples_of_one_prompt_differ_and_a_step_done_again_is_the_same() -> Non
     policy = tiny_policy("llama")
     prompt = Prompt("p", (Message("user", "hello"),), plain=True)
     rows = [PromptRow(prompt, policy.codec.prompt(prompt))]
-    draw = lambda step: LocalEngine(5).rollout(policy, rows, Sampling(8), samples_per_prompt=4, step=step)  # noqa: E731
+
+    def draw(step: int) -> Rollout:
+        return LocalEngine(5).rollout(policy, rows, Sampling(8), samples_per_prompt=4, step=step)
+
     first, again, later = draw(0), draw(0), draw(1)
     assert torch.equal(first.batch.ids, again.batch.ids)
     assert torch.equal(first.logprobs, again.logprobs)
