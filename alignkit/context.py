@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ class Context:
     ``load_policy(stage, trainable)``: a policy; None is the run's own model. ``load_scalar(stage, trainable)``: the reward model that
     the stage made, or a new scalar head on the backbone of the policy that it made. ``start``: where this stage's policy starts.
     ``reference``: the stage of the frozen reference. ``plan``: what the loop obeys, None where there is no optimizer.
+    ``rows``: what the loop will feed, encoded. ``checks``: whether what must always hold is checked (``alignkit.checks``).
     ``say(text)``: a line for the person watching.
     """
 
@@ -34,6 +35,8 @@ class Context:
     start: str | None
     reference: str | None
     plan: Plan | None
+    rows: Sequence[Any]
+    checks: bool
     artifact: Callable[[str | None], Path]
     load_policy: Callable[[str | None, bool], Policy]
     load_scalar: Callable[[str | None, bool], ScalarModel]

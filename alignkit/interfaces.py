@@ -29,11 +29,14 @@ class TokenBatch:
 
     ``ids`` [b t] int64; ``mask`` [b t] bool, True at real tokens; ``loss_mask`` [b t] bool, True at trained or scored tokens.
     Masks come from lengths, never from ids: a pad id may equal the end-of-sequence id.
+    ``positions`` [b t] int64: where each token stands in its document; a document begins at every 0, and sees nothing of its neighbours
+    in the row. None: each row is one document.
     """
 
     ids: Tensor
     mask: Tensor
     loss_mask: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,8 @@ from alignkit.interfaces import State
 from alignkit.ops.schedule import schedule
 from alignkit.types import Metrics
 
-B = TypeVar("B")
+Share = Callable[[], tuple[Tensor, Metrics]]
+"""One microbatch's share of a step's loss and metrics: sums divided by the *whole* step's counts."""
 
 
 class Learner:
@@ -40,17 +39,17 @@ class Learner:
             fused=True,
         )
 
-    def step(self, microbatches: Iterable[B], loss: Callable[[B], tuple[Tensor, Metrics]]) -> dict[str, float]:
-        """One step on the sum of the microbatches' losses.
+    def step(self, shares: Iterable[Share]) -> dict[str, float]:
+        """One step on the sum of the shares, each computed and differentiated before the next.
 
-        ``loss(microbatch)`` returns its share of the loss and of each metric: sums divided by the *whole* step's count, so that
-        the result does not depend on how the step was split (a mean of means would). Returns the summed metrics with
-        ``optimizer/grad_norm`` (before clipping) and ``optimizer/learning_rate``. Raises ``RunError`` when the gradient is not finite.
+        A share is divided by the whole step's count already, so the result does not depend on how the step was split (a mean of
+        means would). Returns the summed metrics with ``optimizer/grad_norm`` (before clipping) and ``optimizer/learning_rate``.
+        Raises ``RunError`` when the gradient is not finite.
         """
         totals: dict[str, float] = {}
-        for microbatch in microbatches:
-            share, metrics = loss(microbatch)
-            share.backward()
+        for share in shares:
+            loss, metrics = share()
+            loss.backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
         norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.clip_norm))
@@ -68,6 +67,10 @@ class Learner:
         self._adam.zero_grad()
         self._step += 1
         return {**totals, "optimizer/grad_norm": norm, "optimizer/learning_rate": config.learning_rate * factor}
+
+    def skip(self, steps: int) -> None:
+        """Let the learning rate go on as if ``steps`` steps had been taken."""
+        self._step += steps
 
     def state(self) -> State:
         """Trained weights, both moments and the step count; frozen weights are known from where the stage started."""

@@ -100,7 +100,7 @@ class StageRunner:
         assert stage.evaluate is not None
         self._terminal.say(f"{stage.name}: evaluating")
         spec = self._registry.evaluator(stage.evaluate.kind)
-        write_json(folder / "evaluation.json", dict(spec.build(stage.evaluate.config, self._context(stage, folder, None)).evaluate()))
+        write_json(folder / "evaluation.json", dict(spec.build(stage.evaluate.config, self._context(stage, folder)).evaluate()))
         return {"kind": stage.evaluate.kind, "makes": "evaluation", "parents": self._parents()}
 
     def _optimize(self, stage: StageConfig, folder: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class StageRunner:
         feed = read_feed(self._registry, stage, spec.feed, codec)
         plan = spec.plan(stage.optimizer.config, len(feed.rows))
         order = Order(len(feed.rows), self._run.seed, stage.name)
-        context = self._context(stage, folder, plan)
+        context = self._context(stage, folder, plan, feed.rows)
         optimizer = spec.build(stage.optimizer.config, context)
         reward = context.build_reward(stage.reward) if stage.reward else None
 
@@ -177,7 +177,7 @@ class StageRunner:
 
         return after
 
-    def _context(self, stage: StageConfig, folder: Path, plan: Plan | None) -> Context:
+    def _context(self, stage: StageConfig, folder: Path, plan: Plan | None = None, rows: Sequence[Any] = ()) -> Context:
         config, seed = self._run.policy.config, self._run.seed
         return Context(
             seed=seed,
@@ -186,6 +186,8 @@ class StageRunner:
             start=stage.start,
             reference=stage.reference or stage.start,
             plan=plan,
+            rows=rows,
+            checks=self._run.checks == "on",
             artifact=self.artifact,
             load_policy=lambda name, trainable: self._policy.load(config, self.artifact(name), trainable, seed),
             load_scalar=lambda name, trainable: self._policy.load_scalar(config, self.artifact(name), trainable, seed),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def fit(learner: Learner, line: Line, parts: list[list[float]], count: int) -> d
         share = torch.cat([(line.w * x - 2.0 * x) ** 2 for x in part]).sum() / count
         return share, {"loss": float(share.detach()), "share": len(part) / count}
 
-    return learner.step(parts, loss)
+    return learner.step(partial(loss, part) for part in parts)
 
 
 def test_a_step_does_not_depend_on_how_it_was_split() -> None:
@@ -64,7 +66,7 @@ def test_weights_by_name_may_have_their_own_rate() -> None:
     two = Two()
     before = float(two.body.weight.detach()), float(two.head.weight.detach())
     learner = Learner(two, AdamWConfig(learning_rate=1e-3, decay="constant"), steps=10, peaks={"head.": 1e-1})
-    learner.step([1.0], lambda _: ((two.body.weight + two.head.weight).sum(), {}))
+    learner.step([lambda: ((two.body.weight + two.head.weight).sum(), {})])
     # AdamW's first step moves each weight by its learning rate.
     assert before[0] - float(two.body.weight.detach()) == pytest.approx(1e-3, rel=1e-3)
     assert before[1] - float(two.head.weight.detach()) == pytest.approx(1e-1, rel=1e-3)

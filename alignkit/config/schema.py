@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.settings import Component, PolicyStage, setting
@@ -47,4 +47,7 @@ class RunConfig:
     policy: Component[Policy] = setting(doc="the model to align")
     stages: tuple[StageConfig, ...] = setting(doc="what is done, in order")
     trackers: tuple[Component[Tracker], ...] = setting((), "where metrics go besides the terminal and metrics.jsonl")
+    checks: Literal["on", "off"] = setting(
+        "on", "on: what must always hold is checked while the run runs, and a violation stops it with the likely causes"
+    )
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "when state is saved")

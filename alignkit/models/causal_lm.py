@@ -51,10 +51,11 @@ class CausalPolicy:
         vocabulary only where a token is scored.
         """
         ids, loss_mask = batch.ids.to(self.device), batch.loss_mask.to(self.device)
-        # Nothing comes before a row's first token, so it has no probability; a mask that counts it is a mask that does not.
-        loss_mask = loss_mask & (torch.arange(loss_mask.shape[1], device=loss_mask.device) > 0)
+        positions = None if batch.positions is None else batch.positions.to(self.device)
+        # Nothing comes before a document's first token, so it has no probability; a mask that counts it is a mask that does not.
+        loss_mask = loss_mask & ((torch.arange(ids.shape[1], device=ids.device) if positions is None else positions) > 0)
         with autocast(self._precision, self.device):
-            hidden = hidden_states(self._model, ids)
+            hidden = hidden_states(self._model, ids, positions)
             head = self._model.get_output_embeddings()
             scored = loss_mask[:, 1:]
             logprobs, entropy = selective_logprobs(
@@ -135,9 +136,13 @@ def make_codec(tokenizer: Any, model_config: Any) -> TemplateCodec:
     return TemplateCodec(tokenizer, tuple(dict.fromkeys(stops)))
 
 
-def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """Last hidden states [b t d] of right-padded rows."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states [b t d] of right-padded rows.
+
+    With ``positions`` [b t] that begin anew at 0, transformers keeps the documents of a row apart, but only without an attention
+    mask and without a cache.
+    """
+    states: Tensor = model.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state
     return states
 
 

@@ -56,7 +56,13 @@ def example_samples() -> tuple[Sample, ...]:
 
 
 def make_context(
-    folder: Path, *, registry: Registry | None = None, plan: Plan | None = None, seed: int = 0, policy: TinyLMConfig = TINY
+    folder: Path,
+    *,
+    registry: Registry | None = None,
+    plan: Plan | None = None,
+    rows: Sequence[Any] = (),
+    seed: int = 0,
+    policy: TinyLMConfig = TINY,
 ) -> Context:
     """The surroundings of a stage in which every model is one tiny random model, written to ``folder`` when it is first asked for.
 
@@ -82,6 +88,8 @@ def make_context(
         start=None,
         reference=None,
         plan=plan,
+        rows=rows,
+        checks=True,
         artifact=artifact,
         load_policy=load_policy,
         load_scalar=load_scalar,

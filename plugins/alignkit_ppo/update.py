@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,8 +157,8 @@ class PPO:
             )
             return loss, {"loss/critic": float(loss.detach())}
 
-        policy = self._policy_learner.step(_microbatches(minibatch, config.microbatch_tokens), policy_loss)
-        critic = self._critic_learner.step(_microbatches(minibatch, config.critic.microbatch_tokens), critic_loss)
+        policy = self._policy_learner.step(partial(policy_loss, part) for part in _microbatches(minibatch, config.microbatch_tokens))
+        critic = self._critic_learner.step(partial(critic_loss, part) for part in _microbatches(minibatch, config.critic.microbatch_tokens))
         return policy | {"loss/critic": critic["loss/critic"], "critic/grad_norm": critic["optimizer/grad_norm"]}
 
     def _minibatches(self, rows: int) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class RewardModel:
                 "reward/accuracy": float(pair_accuracy(scores, ranks).sum()) / len(useful),
             }
 
-        metrics = self._learner.step(self._microbatches(useful), loss)
+        metrics = self._learner.step(partial(loss, rankings) for rankings in self._microbatches(useful))
         return {**metrics, "data/tied_rankings": float(len(batch) - len(useful))}
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class SFT:
             nll = self._nll(rows, trained)
             return nll, {"loss/nll_nats": float(nll.detach())}
 
-        metrics = self._learner.step(self._microbatches(batch), loss)
+        metrics = self._learner.step(partial(loss, rows) for rows in self._microbatches(batch))
         self._policy.version += 1
         return {**metrics, "data/trained_tokens": float(trained)}
 
