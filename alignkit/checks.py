@@ -81,7 +81,7 @@ def same_template(here: str, there: str, stage: str) -> None:
     """Two stages write a conversation in the same tokens."""
     if here != there:
         raise RunError(
-            f"the chat template, special tokens or stop tokens are not those that stage {stage} was made with, so its figures would be about "
+            f"the chat template, special tokens or stop tokens are not those that stage {stage} was made with, so its figures are about "
             f"other tokens; likely causes: policy.chat_template was changed, or the stage's tokenizer files were; {_OFF}"
         )
 
