@@ -31,6 +31,7 @@ from alignkit.interfaces import (
 from alignkit.settings import Component, FilePath, PolicyStage, RewardStage, StageName, setting
 from alignkit.types import (
     Demonstration,
+    Document,
     Message,
     Metrics,
     Plan,
@@ -54,6 +55,7 @@ __all__ = [
     "DataSource",
     "DataSpec",
     "Demonstration",
+    "Document",
     "Evaluator",
     "EvaluatorSpec",
     "FilePath",

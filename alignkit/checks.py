@@ -70,7 +70,7 @@ def padding_changes_nothing(scores: Callable[[TokenBatch], Tensor], batch: Token
 def end_of_turn_is_trained(rows: Sequence[TokenRow], stop_ids: Sequence[int]) -> None:
     """Some demonstration trains a stop token: from none of them the model would learn to stop."""
     stops = set(stop_ids)
-    if not any(mask and token in stops for row in rows for token, mask in zip(row.ids, row.loss_mask, strict=True)):
+    if rows and not any(mask and token in stops for row in rows for token, mask in zip(row.ids, row.loss_mask, strict=True)):
         raise RunError(
             "no demonstration trains the token that ends a turn, so the policy would never learn to stop; likely causes: "
             f"overlong: truncate that cuts every row (raise max_length), or data without a single finished turn; {_OFF}"

@@ -81,6 +81,9 @@ class Codec(Protocol):
     def sample(self, sample: Sample) -> TokenRow:
         """Prompt and response, ended by the stop token; ``loss_mask`` is True at the response and its stop token."""
 
+    def text(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, after what the tokenizer puts before any text, and with nothing after it."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response tokens, special tokens left out."""
 
@@ -101,8 +104,12 @@ class Policy(Protocol):
     def reference(self) -> Policy:
         """A frozen policy with the weights this one started from; ask before the first update."""
 
-    def decoding(self) -> AbstractContextManager[tuple[Any, bool]]:
-        """The model to generate with, and whether its log-probabilities agree with the training forward."""
+    @property
+    def exact(self) -> bool:
+        """Whether the arithmetic is float32, so that log-probabilities recorded while sampling agree with the training forward."""
+
+    def decoding(self) -> AbstractContextManager[Any]:
+        """The model to generate with."""
 
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities (logits / temperature) and entropies of the tokens under ``loss_mask``; differentiable."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from alignkit.checkpoint import load_checkpoint, save_artifact, save_checkpoint, verify
+from alignkit.checks import same_template
 from alignkit.config.schema import RunConfig, StageConfig
 from alignkit.context import Context
 from alignkit.data.collate import collate
@@ -23,6 +24,7 @@ from alignkit.interrupt import StopRequest
 from alignkit.loops import After, offline, online
 from alignkit.registry import Registry
 from alignkit.rollout import LocalEngine
+from alignkit.selection import Judge, Selection, by_loss, by_reward
 from alignkit.tracking import EventLog, MetricsFile, StageProgress, Terminal
 from alignkit.types import Metrics, Plan, TokenRow
 
@@ -66,7 +68,8 @@ class StageRunner:
         facts = self._evaluate(stage, folder) if stage.evaluate else self._optimize(stage, folder)
         write_json(folder / "manifest.json", {"stage": stage.name, **facts, "seconds": round(time.monotonic() - started, 1)})
         # Only now: until the manifest is there, the last checkpoint is what a killed run goes on from.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for scaffolding in ("checkpoints", "candidates"):
+            shutil.rmtree(folder / scaffolding, ignore_errors=True)
         self._events.append("stage finished", stage=stage.name)
 
     def artifact(self, stage: str | None) -> Path:
@@ -112,16 +115,22 @@ class StageRunner:
         order = Order(len(feed.rows), self._run.seed, stage.name)
         context = self._context(stage, folder, plan, feed.rows)
         optimizer = spec.build(stage.optimizer.config, context)
+        if context.checks:
+            # Before the reward source is asked for: it reads messages, and may write them in tokens of its own.
+            self._check_templates(codec.template_hash)
         reward = context.build_reward(stage.reward) if stage.reward else None
 
         parts: dict[str, Stateful] = {"optimizer": optimizer, "order": order}
         if isinstance(reward, Stateful):
             parts["reward"] = reward
+        selection = self._selection(stage, folder, context)
+        if selection:
+            parts["selection"] = selection
         first = self._resume(stage, folder, parts)
         metrics = MetricsFile(folder / "metrics.jsonl")
         metrics.cut(first)
         with self._terminal.stage(stage.name, plan.steps, first, headline=_HEADLINES[spec.feed]) as progress:
-            after = self._after(stage, plan, parts, feed, metrics, progress)
+            after = self._after(stage, plan, parts, selection, feed, metrics, progress)
             if reward is None:
                 offline(optimizer, feed.rows, order, plan, first=first, after=after)
             else:
@@ -129,11 +138,12 @@ class StageRunner:
                 online(optimizer, optimizer.policy, engine, reward, feed.rows, order, plan, first=first, after=after)
 
         artifact = folder / spec.makes
-        hashes = save_artifact(artifact, optimizer.save)
+        hashes = selection.take(artifact) if selection else save_artifact(artifact, optimizer.save)
         return {
             "kind": spec.kind,
             "makes": spec.makes,
             "steps": plan.steps,
+            **({"selection": selection.report()} if selection else {}),
             "parents": self._parents(),
             "data": feed.report,
             "template_hash": codec.template_hash,
@@ -152,8 +162,24 @@ class StageRunner:
         self._events.append("stage continued", stage=stage.name, step=checkpoint.step)
         return checkpoint.step
 
+    def _selection(self, stage: StageConfig, folder: Path, context: Context) -> Selection | None:
+        if stage.select is None:
+            return None
+        config, seed = self._run.policy.config, self._run.seed
+        judge: Judge = by_loss
+        if stage.select.by == "reward":
+            judge = by_reward(stage.select, context, lambda candidate: self._policy.load(config, candidate, False, seed))
+        return Selection(folder / "candidates", judge)
+
     def _after(
-        self, stage: StageConfig, plan: Plan, parts: dict[str, Stateful], feed: Feed, file: MetricsFile, progress: StageProgress
+        self,
+        stage: StageConfig,
+        plan: Plan,
+        parts: dict[str, Stateful],
+        selection: Selection | None,
+        feed: Feed,
+        file: MetricsFile,
+        progress: StageProgress,
     ) -> After:
         """What follows each step: validation and checkpoint when due, the figures to everyone, and a stop if one was asked for."""
         optimizer: Any = parts["optimizer"]
@@ -162,9 +188,11 @@ class StageRunner:
         def after(step: int, metrics: Metrics) -> None:
             nonlocal saved
             last = step == plan.steps
-            if feed.validation and (last or (stage.validate_every and step % stage.validate_every == 0)):
-                held_out = optimizer.validate(feed.validation)
+            if last or (stage.validate_every and step % stage.validate_every == 0):
+                held_out = optimizer.validate(feed.validation) if feed.validation else {}
                 metrics = {**metrics, **{f"validation/{name.replace('/', '_')}": value for name, value in held_out.items()}}
+                if selection:
+                    metrics = {**metrics, **selection.consider(step, held_out, optimizer.save)}
             file.log(stage.name, step, metrics)
             for tracker in self._trackers:
                 tracker.log(stage.name, step, metrics)
@@ -197,6 +225,11 @@ class StageRunner:
     def _parents(self) -> dict[str, str]:
         """The hash of the manifest of each stage that this one asked for."""
         return {name: sha256(self._folder / name / "manifest.json") for name in sorted(self._used)}
+
+    def _check_templates(self, here: str) -> None:
+        """Whatever else this stage has asked for reads the policy's tokens: it must write a conversation in the same ones."""
+        for name in sorted(self._used):
+            same_template(here, read_json(self._folder / name / "manifest.json")["template_hash"], name)
 
     def _probes(self, artifact: Path, feed: Feed) -> list[dict[str, Any]]:
         """A few sequences with their log-probabilities under the saved policy: whoever loads it later can compare."""

@@ -74,6 +74,15 @@ class Demonstration:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text to predict, word for word, as in pretraining."""
+
+    id: str
+    text: str
+    origin: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """2 to 9 responses to one prompt, ranked: 1 is best, equal numbers are ties. A comparison is a ranking of two.
 

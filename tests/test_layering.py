@@ -23,6 +23,8 @@ LIGHT = [
     "types",
     "interfaces",
     "settings",
+    "seeds",
+    "checks",
     "errors",
     "hookspecs",
     "api",
@@ -39,7 +41,7 @@ LIGHT = [
 CONTRACT = {"api", "adamw"}
 """What a plugin's declaring module may import of the core."""
 
-WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint"}
+WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds"}
 """What a plugin may import of the core where the work is done."""
 
 SERVING = {"api", "rollout", "models", "data", "registry", "config", "lineage"}
@@ -49,6 +51,8 @@ OF_THE_CORE = {
     "ops": {"ops"},
     "types": set[str](),
     "settings": set[str](),
+    "seeds": set[str](),
+    "checks": {"errors", "interfaces", "types"},
     "errors": set[str](),
     "interfaces": {"types"},
     "hookspecs": {"interfaces"},

@@ -12,10 +12,10 @@ from alignkit.config.document import Key, override, read, resolve
 from alignkit.config.schema import RunConfig, StageConfig
 from alignkit.config.validate import WRONG, Validator
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Optimizer
+from alignkit.interfaces import Optimizer, OptimizerSpec
 from alignkit.registry import Registry
 
-_ONLY_WITH_OPTIMIZER = ("data", "validation", "prompts", "reward", "start", "reference")
+_ONLY_WITH_OPTIMIZER = ("data", "validation", "prompts", "reward", "start", "reference", "select")
 _DIR = next(f for f in fields(RunConfig) if f.name == "dir")
 _FOLDERS = ("model",)
 """What a run's folder holds besides the stages' folders, under a name that a stage could have."""
@@ -120,6 +120,19 @@ def _check_feed(checked: Validator, stage: StageConfig, key: Key) -> None:
     for unused in refused:
         if getattr(stage, unused) is not None:
             checked.report((*key, unused), f"{name}.{unused} is not used: optimizer {spec.kind} learns from {spec.feed}; remove it")
+    if stage.select is not None:
+        _check_selection(checked, stage, stage.select.by, spec, (*key, "select"))
+
+
+def _check_selection(checked: Validator, stage: StageConfig, by: str, spec: OptimizerSpec, key: Key) -> None:
+    """Candidates are what is validated, so there must be several, with the figure that they are selected by."""
+    name = f"{stage.name}.select"
+    if not stage.validate_every:
+        checked.report(key, f"{name} has one candidate to choose from: {stage.name}.validate_every is 0; set it to a number of steps")
+    if by == "loss" and stage.validation is None:
+        checked.report(key, f"{name} is by loss, and {stage.name} has no validation data to compute one on; add it, or select by reward")
+    if by == "reward" and spec.makes != "policy":
+        checked.report(key, f"{name} is by reward, and optimizer {spec.kind} makes no policy to draw responses from; select by loss")
 
 
 def _nested(resolved: dict[Key, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from alignkit.errors import SettingError
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.settings import Component, PolicyStage, setting
 from alignkit.types import Overlong
@@ -16,6 +17,25 @@ class CheckpointConfig:
 
     minutes: float = setting(10.0, "minutes between checkpoints; one is also written when a run is interrupted", at_least=0.0)
     keep: int = setting(2, "how many checkpoints of a running stage are kept", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which of a stage's validated weights become its artifact; the figures of all of them are written to the manifest."""
+
+    by: Literal["loss", "reward"] = setting("loss", "loss: the lowest validation loss; reward: the highest mean reward of responses drawn")
+    reward: Component[RewardSource] | None = setting(None, "by reward: what scores the responses, such as an earlier stage's reward model")
+    prompts: Component[DataSource] | None = setting(None, "by reward: held-out prompts, the same for every candidate, with the same noise")
+    max_new_tokens: int = setting(64, "by reward: longest response, tokens", at_least=1)
+    temperature: float = setting(1.0, "by reward: of sampling", above=0.0)
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "prompts"):
+            given = getattr(self, name) is not None
+            if given and self.by == "loss":
+                raise SettingError(name, "is not used to select by loss; remove it, or set by: reward")
+            if not given and self.by == "reward":
+                raise SettingError(name, "is missing; to select by reward, responses to prompts are drawn and scored")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +54,7 @@ class StageConfig:
     max_length: int = setting(512, "most tokens of a row (of a prompt, where rollouts are drawn)", at_least=2)
     overlong: Overlong = setting("error", "what happens to a longer row; whatever happens is counted in the manifest")
     validate_every: int = setting(0, "steps between validations; 0: only at the end", at_least=0)
+    select: SelectConfig | None = setting(None, "keep the best of the validated weights; none: the last step's")
 
 
 @dataclass(frozen=True, kw_only=True)

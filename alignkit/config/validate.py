@@ -108,6 +108,9 @@ class Validator:
                 where = f"{name}.{given}" if name else str(given)
                 if (inner := (*key, given)) in self.document.keys:
                     self.document.places[inner] = self.document.keys[inner]  # the key is what is wrong, not its value
+                if reason := vars(cls).get("refused", {}).get(given):
+                    self.report((*key, given), f"{where} is refused: {reason}")
+                    continue
                 allowed = ", ".join([*besides, *fields])
                 self.report((*key, given), f"{where} is not a key; allowed: {allowed}{did_you_mean(given, fields)}")
         made = {}

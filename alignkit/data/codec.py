@@ -42,7 +42,7 @@ class TemplateCodec:
     def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids that end where the response begins."""
         if prompt.plain:
-            return self._opened(prompt.messages[0].content)
+            return self.text(prompt.messages[0].content)
         return self._tokens(self._render(prompt.messages, answer=True))
 
     def demonstration(self, demonstration: Demonstration) -> TokenRow:
@@ -75,6 +75,11 @@ class TemplateCodec:
         """Prompt and response, always ended by the stop token: a reward is for the text as it stands, finished or not."""
         return self.demonstration(Demonstration(sample.prompt, (Message("assistant", sample.response),)))
 
+    def text(self, text: str) -> tuple[int, ...]:
+        """Plain text after what the tokenizer puts before any text, which some texts bring along."""
+        ids = self._tokens(text)
+        return ids if ids[: len(self._opening)] == self._opening else self._opening + ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response tokens, special tokens left out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -87,7 +92,7 @@ class TemplateCodec:
 
     def _continuation(self, prompt: Prompt, completion: str) -> tuple[tuple[int, ...], list[bool]]:
         """Plain text, continued. The boundary is where the tokens of prompt and of prompt + completion part: a merge may cross it."""
-        ids = self._opened(prompt.messages[0].content + completion)
+        ids = self.text(prompt.messages[0].content + completion)
         start = _shared(self.prompt(prompt), ids)
         if start == len(ids) or ids[-1] not in self.stop_ids:
             ids = (*ids, self.stop_ids[0])
@@ -164,11 +169,6 @@ class TemplateCodec:
     def _tokens(self, text: str) -> tuple[int, ...]:
         # The chat template has written every special token already; the tokenizer would add a second BOS.
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _opened(self, text: str) -> tuple[int, ...]:
-        """Plain text after what the tokenizer puts before any text, which some texts bring along."""
-        ids = self._tokens(text)
-        return ids if ids[: len(self._opening)] == self._opening else self._opening + ids
 
 
 def _template(tokenizer: Any) -> str | None:

@@ -1,8 +1,9 @@
-"""Rows to batches: right-padded, masks from lengths, microbatches that waste little padding."""
+"""Rows to batches: right-padded or packed, masks from lengths, microbatches that waste little padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,37 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
         mask[i, : len(row)] = True
         loss_mask[i, : len(row)] = torch.tensor(row.loss_mask)
     return TokenBatch(ids, mask, loss_mask)
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Bins of indices whose lengths add up to at most ``width``: longest first, each into the fullest bin that has room for it.
+
+    What is longer than ``width`` has a bin to itself.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [b for b, left in enumerate(room) if left >= lengths[i]]
+        if not fitting:
+            bins.append([])
+            room.append(width)
+        chosen = min(fitting, key=lambda b: room[b]) if fitting else len(bins) - 1
+        bins[chosen].append(i)
+        room[chosen] -= lengths[i]
+    return bins
+
+
+def pack(bins: Sequence[Sequence[TokenRow]]) -> TokenBatch:
+    """One row a bin, its documents one after the other; ``positions`` begin anew with each, and nothing predicts its first token."""
+    joined = [
+        TokenRow("", tuple(i for row in rows for i in row.ids), tuple(m for row in rows for m in (False, *row.loss_mask[1:])))
+        for rows in bins
+    ]
+    batch = collate(joined)
+    positions = torch.zeros_like(batch.ids)
+    for i, rows in enumerate(bins):
+        positions[i, : len(joined[i])] = torch.cat([torch.arange(len(row)) for row in rows])
+    return replace(batch, positions=positions)
 
 
 def length_buckets(lengths: Sequence[int], max_tokens: int, sizes: Sequence[int] | None = None) -> list[list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 from alignkit.data.sources import shown
 from alignkit.errors import DataError
 from alignkit.interfaces import Row
-from alignkit.types import Demonstration, Message, Prompt, Ranking
+from alignkit.types import Demonstration, Document, Message, Prompt, Ranking
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -80,6 +80,18 @@ def prompts(rows: Sequence[Row]) -> list[Prompt]:
         _need(row, ("prompt",), ("messages",))
         messages, plain = _text_or_messages(row, "prompt" if row.values.get("prompt") is not None else "messages")
         found.append(_prompt(row, messages, plain=plain, names=names, read=_PROMPT))
+    return found
+
+
+def documents(rows: Sequence[Row]) -> list[Document]:
+    """``text``, for pretraining: all of it is trained."""
+    found, names = [], _Names()
+    for row in rows:
+        _need(row, ("text",))
+        text = row.values["text"]
+        if not isinstance(text, str) or not text.strip():
+            raise _error(row, f"text is {_quoted(text)}; allowed: text that is not empty")
+        found.append(Document(names.of(row, (Message("text", text),)), text, origin=row.origin))
     return found
 
 

@@ -63,22 +63,27 @@ class CausalPolicy:
             )
         return TokenScores(_scatter(logprobs, loss_mask), _scatter(entropy, loss_mask))
 
+    @property
+    def exact(self) -> bool:
+        """Whether the arithmetic is float32: recorded log-probabilities then agree with the training forward."""
+        return self._precision == "float32"
+
     @contextmanager
-    def decoding(self) -> Iterator[tuple[Any, bool]]:
-        """The model to generate with, and whether its log-probabilities agree with the training forward (float32).
+    def decoding(self) -> Iterator[Any]:
+        """The model to generate with.
 
         Adapters and bfloat16 are decoded with a plain copy, made anew after each update: half the matrix products of a decoding
         step would be the adapters', and casting the weights at every step would cost more than the step.
         """
-        if self._precision == "float32" and self._tuning.kind == "full":
-            yield self._model, True
+        if self.exact and self._tuning.kind == "full":
+            yield self._model
             return
         if self._copy is None or self._copy[0] != self.version:
-            dtype = torch.float32 if self._precision == "float32" else torch.bfloat16
+            dtype = torch.float32 if self.exact else torch.bfloat16
             plain = self._copy[1] if self._copy else type(self._model)(self._model.config).to(self.device, dtype).eval()
             plain.load_state_dict(adapters.merged_state(self._model))
             self._copy = (self.version, plain)
-        yield self._copy[1], self._precision == "float32"
+        yield self._copy[1]
 
     def reference(self) -> CausalPolicy:
         """A frozen policy with the weights this one started from.

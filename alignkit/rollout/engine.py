@@ -25,7 +25,7 @@ class LocalEngine:
     def rollout(self, policy: Policy, prompts: Sequence[PromptRow], sampling: Sampling, *, samples_per_prompt: int, step: int) -> Rollout:
         """``samples_per_prompt`` responses to each prompt, a prompt's own next to each other."""
         asked = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
-        with policy.decoding() as (model, exact):
+        with policy.decoding() as model:
             decoder = Decoder(model, max_rows=MAX_ROWS)
             numbers = [
                 decoder.add(
@@ -53,4 +53,4 @@ class LocalEngine:
         logprobs = torch.zeros(batch.ids.shape)
         for i, number in enumerate(numbers):
             logprobs[i, batch.loss_mask[i]] = torch.tensor([event.logprob for event in drawn[number]])
-        return Rollout(tuple(samples), batch, logprobs, exact=exact, policy_version=policy.version)
+        return Rollout(tuple(samples), batch, logprobs, exact=policy.exact, policy_version=policy.version)

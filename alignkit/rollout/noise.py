@@ -5,10 +5,10 @@ The noise of a response is the same alone or in a batch, in any order, on one pr
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from alignkit.seeds import derived_seed
 
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer: the step of splitmix64
 _MIX_1 = -0x40A7B892E31B1A47
@@ -17,8 +17,7 @@ _MIX_2 = -0x6B2FB644ECCEEE15
 
 def noise_key(seed: int, step: int, prompt_id: str, index: int) -> int:
     """The 63-bit key of one response: a hash of run seed, step, prompt and the sample's index among the prompt's."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}/{prompt_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return derived_seed(seed, step, index, prompt_id)
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""Which of a stage's checkpoints becomes its artifact: the one that scores best when it is validated, not simply the last."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.checkpoint import save_artifact
+from alignkit.config.schema import SelectConfig
+from alignkit.data.records import prompts as read_prompts
+from alignkit.errors import RunError
+from alignkit.files import FileHash
+from alignkit.interfaces import Policy, State
+from alignkit.rollout import LocalEngine
+from alignkit.types import Metrics, PromptRow, Sampling
+
+if TYPE_CHECKING:
+    from alignkit.context import Context
+
+_NOISE_STEP = -2
+"""The step that chooses the noise: none that any training step uses, nor a comparison."""
+
+Judge = Callable[[Path, Metrics], Metrics]
+"""From a saved candidate and its validation figures to figures that include ``selection/score``, higher is better."""
+
+
+class Selection:
+    """The best candidate so far, kept in ``folder``, and the figures of all of them."""
+
+    def __init__(self, folder: Path, judge: Judge) -> None:
+        self._folder, self._judge = folder, judge
+        self._candidates: list[dict[str, Any]] = []
+        self._best: int | None = None
+
+    def consider(self, step: int, validation: Metrics, write: Callable[[Path], None]) -> Metrics:
+        """Save the weights after ``step`` as a candidate and judge them; the better of them and the best so far is kept."""
+        candidate = self._path(step)
+        save_artifact(candidate, write)
+        figures = self._judge(candidate, validation)
+        score = figures["selection/score"]
+        self._candidates.append({"step": step, "score": score, **validation})
+        best = max(self._candidates, key=lambda one: one["score"])  # the earliest of equals
+        worse = self._best if best["step"] == step else step
+        if worse is not None:
+            shutil.rmtree(self._path(worse), ignore_errors=True)
+        self._best = best["step"]
+        return figures
+
+    def take(self, target: Path) -> dict[str, FileHash]:
+        """Make the best candidate the artifact; returns the hash of each file."""
+        assert self._best is not None
+        chosen = self._path(self._best)
+        if not chosen.is_dir():
+            raise RunError(f"{chosen} is the best candidate of this stage, and it is gone; restore it, or start the run anew with --fresh")
+        return save_artifact(target, lambda folder: _copy(chosen, folder))
+
+    def report(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"chosen_step": self._best, "candidates": self._candidates}
+
+    def state(self) -> State:
+        """The figures so far. A candidate that beat the best after this was taken is made and judged again, and beats it again."""
+        return State(values={"candidates": self._candidates, "best": self._best})
+
+    def load_state(self, state: State) -> None:
+        """Continue from ``state``."""
+        self._candidates, self._best = list(state.values["candidates"]), state.values["best"]
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+
+def by_loss(candidate: Path, validation: Metrics) -> Metrics:
+    """The lower the validation loss, the better."""
+    losses = [value for name, value in validation.items() if name.startswith("loss/")]
+    if not losses:
+        raise RunError(f"the validation figures are {', '.join(validation)}, and none of them is a loss/...; select by reward")
+    return {"selection/score": -losses[0]}
+
+
+def by_reward(config: SelectConfig, context: Context, load: Callable[[Path], Policy]) -> Judge:
+    """The higher the mean reward of responses to held-out prompts, the better (Ouyang et al. 2022, section 3.5 and appendix C.1).
+
+    All candidates answer the same prompts with the same noise. ``load`` reads a candidate as it was saved.
+    """
+    assert config.reward is not None
+    assert config.prompts is not None
+    reward = context.build_reward(config.reward)
+    asked = read_prompts(list(context.build_data(config.prompts).rows()))
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+
+    def judge(candidate: Path, validation: Metrics) -> Metrics:
+        policy = load(candidate)
+        rows = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in asked]
+        rollout = LocalEngine(context.seed).rollout(policy, rows, sampling, samples_per_prompt=1, step=_NOISE_STEP)
+        values = [score.value for score in reward.score(rollout.samples) if score.value is not None]
+        if not values:
+            raise RunError(f"no response of {candidate.name} could be scored, so candidates cannot be told apart")
+        return {"selection/score": sum(values) / len(values), "selection/unscored_count": float(len(rows) - len(values))}
+
+    return judge
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
