@@ -111,8 +111,8 @@ class Policy(Protocol):
     def decoding(self) -> AbstractContextManager[Any]:
         """The model to generate with."""
 
-    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities (logits / temperature) and entropies of the tokens under ``loss_mask``; differentiable."""
+    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
+        """Log-probabilities (logits / temperature) of the tokens under ``loss_mask``, differentiable, and entropies, so if asked for."""
 
     def save(self, folder: Path) -> None:
         """Write a plain transformers folder: safetensors, tokenizer, chat template."""

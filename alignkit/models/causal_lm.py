@@ -44,8 +44,8 @@ class CausalPolicy:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
-    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their row.
+    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
+        """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their document.
 
         Rows are padded on the right, so causal attention alone keeps padding out; hidden states are projected onto the
         vocabulary only where a token is scored.
@@ -59,7 +59,12 @@ class CausalPolicy:
             head = self._model.get_output_embeddings()
             scored = loss_mask[:, 1:]
             logprobs, entropy = selective_logprobs(
-                hidden[:, :-1][scored], head.weight, ids[:, 1:][scored], bias=head.bias, temperature=temperature
+                hidden[:, :-1][scored],
+                head.weight,
+                ids[:, 1:][scored],
+                bias=head.bias,
+                temperature=temperature,
+                entropy_gradient=entropy_gradient,
             )
         return TokenScores(_scatter(logprobs, loss_mask), _scatter(entropy, loss_mask))
 
@@ -107,9 +112,9 @@ class CausalPolicy:
 class _WithoutAdapters(CausalPolicy):
     """The base under another policy's adapters."""
 
-    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+    def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
         with adapters.adapters_off(self._model), torch.no_grad():
-            return super().score_tokens(batch, temperature=temperature)
+            return super().score_tokens(batch, temperature=temperature, entropy_gradient=entropy_gradient)
 
 
 def load(

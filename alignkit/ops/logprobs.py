@@ -24,14 +24,21 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 
 def selective_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n] of ``tokens`` [n] and entropies [n] (no gradient) from hidden states [n d] and a head ``weight`` [v d].
+    """Log-probabilities [n] of ``tokens`` [n] and entropies [n] from hidden states [n d] and a head ``weight`` [v d].
 
     Logits are made a few rows at a time, forward and backward, and never kept: that is what an ordinary head spends its memory on.
+    Entropies have a gradient only when it is asked for; it costs as much as that of the log-probabilities.
     """
     # torch leaves Function.apply untyped, and mypy counts it as ours because the subclass is.
-    logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature)  # type: ignore[no-untyped-call]
+    logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature, entropy_gradient)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
 
@@ -40,16 +47,21 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _Selective(torch.autograd.Function):
-    """The gradient of a log-probability to its logits is one-hot - softmax, over the temperature.
+    """The gradient of a log-probability to its logits is one-hot - softmax, over the temperature; that of an entropy is
+    softmax * (mean logit - logit).
 
-    A trained head needs it again in the backward pass, from logits that are made again. A frozen head needs it only to reach the hidden
-    states, where it is known but for a factor of each row; so it is taken there at once, and the backward pass multiplies.
+    A trained head needs them again in the backward pass, from logits that are made again. A frozen head needs them only to reach the
+    hidden states, where they are known but for a factor of each row; so they are taken there at once, and the backward pass multiplies.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
-        slopes = torch.empty_like(hidden) if wants_hidden and not any(wants_head) else None
+        at_once = wants_hidden and not any(wants_head)
+        slopes = torch.empty_like(hidden) if at_once else None
+        entropy_slopes = torch.empty_like(hidden) if at_once and entropy_gradient else None
         logprobs = torch.empty(tokens.shape, dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         entropies = torch.empty_like(logprobs)
         for rows in _chunks(len(tokens), len(weight)):
@@ -57,37 +69,48 @@ class _Selective(torch.autograd.Function):
             mass = scaled.exp()
             total = mass.sum(dim=-1)
             logprobs[rows] = scaled.gather(1, tokens[rows, None]).squeeze(1) - total.log()
+            if entropy_slopes is not None:
+                slope = _entropy_slope(scaled, mass / total[:, None])
+                entropy_slopes[rows] = _project(slope, weight, hidden.dtype) / temperature
             # H = log Z - E[logit]: no tensor of log-probabilities.
             entropies[rows] = total.log() - scaled.mul_(mass).sum(dim=-1) / total
             if slopes is not None:
                 slope = _slope(mass.div_(total[:, None]), tokens[rows])
                 slopes[rows] = _project(slope, weight, hidden.dtype) / temperature
-        ctx.save_for_backward(hidden, weight, bias, tokens, slopes)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, bias, tokens, slopes, entropy_slopes)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         ctx.autocast = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, slopes = ctx.saved_tensors
+        hidden, weight, bias, tokens, slopes, entropy_slopes = ctx.saved_tensors
         if slopes is not None:
-            return (slopes * grads[0][:, None]).to(hidden.dtype), None, None, None, None
+            grad = slopes * grads[0][:, None]
+            if entropy_slopes is not None:
+                grad += entropy_slopes * grads[1][:, None]
+            return grad.to(hidden.dtype), None, None, None, None, None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
         with torch.autocast(hidden.device.type, ctx.autocast, enabled=ctx.autocast is not None):
             for rows in _chunks(len(tokens), len(weight)):
-                softmax = torch.softmax(_logits(hidden[rows], weight, bias, ctx.temperature), dim=-1)
+                scaled = _logits(hidden[rows], weight, bias, ctx.temperature)
+                softmax = torch.softmax(scaled, dim=-1)
+                of_entropy = _entropy_slope(scaled, softmax) if ctx.entropy_gradient else None
                 grad = _slope(softmax, tokens[rows]).mul_(grads[0][rows, None] / ctx.temperature)
+                if of_entropy is not None:
+                    grad += of_entropy.mul_(grads[1][rows, None] / ctx.temperature)
                 if grad_hidden is not None:
                     grad_hidden[rows] = _project(grad, weight, hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += (grad.to(hidden.dtype).T @ hidden[rows]).to(weight.dtype)
                 if grad_bias is not None:
                     grad_bias += grad.sum(dim=0).to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -104,6 +127,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 def _slope(softmax: Tensor, tokens: Tensor) -> Tensor:
     """One-hot - softmax [n v], written over ``softmax``: how the tokens' log-probabilities change with their scaled logits."""
     return softmax.neg_().scatter_add_(1, tokens[:, None], torch.ones_like(softmax[:, :1]))
+
+
+def _entropy_slope(scaled: Tensor, softmax: Tensor) -> Tensor:
+    """softmax * (mean - logit) [n v]: how the entropies change with the scaled logits."""
+    return softmax * ((softmax * scaled).sum(dim=-1, keepdim=True) - scaled)
 
 
 def _project(slope: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,6 +52,15 @@ def clipped_value_loss(
     return 0.5 * masked_sum(error, mask) / max(tokens_in_minibatch, 1)
 
 
+def clipped_value_share(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, tokens_in_minibatch: float
+) -> Tensor:
+    """Tokens whose value had moved further than ``clip`` to the better, so that it is not moved on, over ``tokens_in_minibatch``."""
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    held = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2 > (values - returns) ** 2
+    return masked_sum(held.to(values.dtype), mask) / max(tokens_in_minibatch, 1)
+
+
 def score_index(mask: Tensor) -> Tensor:
     """Where a reward is read [b]: the last True column of ``mask`` [b t], whatever side the padding is on."""
     return last_true(mask)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from alignkit.adamw import AdamWConfig
-from alignkit.api import Context, OnlineOptimizer, OptimizerSpec, Plan, RewardStage, Sampling, SettingError, hookimpl, setting
+from alignkit.api import (
+    Component,
+    Context,
+    DataSource,
+    OnlineOptimizer,
+    OptimizerSpec,
+    Plan,
+    RewardStage,
+    Sampling,
+    SettingError,
+    hookimpl,
+    setting,
+)
+
+_FILTERED = (
+    "responses must be drawn from the very distribution whose log-probabilities are trained; a filter or penalty in the sampler "
+    "falsifies every ratio and every KL. Temperature is the one knob that both sides share"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +50,27 @@ class CriticConfig(AdamWConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Weights for tokens whose sampler was not quite the trainer, as in bfloat16; they multiply the policy loss."""
+
+    kind: Literal["tis", "icepop", "sequence_mask"] = setting(
+        "tis", "tis: weights are cut at high; icepop: tokens outside low .. high are left out; sequence_mask: whole responses are"
+    )
+    low: float = setting(0.5, "lowest weight of a token, or geometric mean weight of a response, that counts", above=0.0, at_most=1.0)
+    high: float = setting(2.0, "highest", at_least=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtxConfig:
+    """PPO-ptx: pretraining gradients mixed into those of PPO, against the alignment tax (Ouyang et al. 2022, eq. 2)."""
+
+    data: Component[DataSource] = setting(doc="rows with a `text`")
+    coef: float = setting(27.8, "weight of the pretraining text's mean loss per token", at_least=0.0)
+    ratio: int = setting(8, "chunks of pretraining text to a response", at_least=1)
+    max_length: int = setting(512, "tokens of a chunk; longer texts become several", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(AdamWConfig):
     """Proximal policy optimisation (Schulman et al. 2017) as InstructGPT uses it: one response is one episode, k1 KL in the reward."""
 
@@ -49,13 +88,34 @@ class PPOConfig(AdamWConfig):
     lam: float = setting(0.95, "lambda of generalised advantage estimation (Schulman et al. 2016)", at_least=0.0, at_most=1.0)
     missing_eos_penalty: float = setting(0.0, "subtracted from the score of a response that did not end by itself", at_least=0.0)
     whiten_rewards: bool = setting(False, "divide token rewards by their standard deviation (it scales the KL penalty too)")
+    entropy_coef: float = setting(0.0, "bonus for entropy: subtracted from the loss, times the mean entropy per token", at_least=0.0)
+    early_stop_kl: float | None = setting(
+        None,
+        "leave out the rest of an iteration's steps once the KL to the rollout's policy exceeds 1.5 times this, nats per token",
+        above=0.0,
+    )
+    critic_warmup: int = setting(0, "iterations at the start in which only the critic learns", at_least=0)
+    ema: float | None = setting(
+        None, "save an average of the weights over steps with this decay (InstructGPT: 0.992); none: the last weights", above=0.0, below=1.0
+    )
+    correction: CorrectionConfig | None = setting(None, "importance weights against a sampler that differs from the trainer")
+    ptx: PtxConfig | None = setting(None, "pretraining text, learnt beside the rollouts")
     kl: KLConfig = setting(KLConfig(), "the penalty for leaving the reference")
     critic: CriticConfig = setting(CriticConfig(), "the value model")
+
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram_size"),
+        _FILTERED,
+    )
 
     def __post_init__(self) -> None:
         episodes = self.prompts * self.samples_per_prompt
         if self.minibatches > episodes:
             raise SettingError("minibatches", f"is {self.minibatches}, more than the {episodes} responses of an iteration; lower it")
+        if self.whiten_rewards and episodes < 8:
+            raise SettingError("whiten_rewards", f"needs a spread to measure, and an iteration has {episodes} responses; draw 8 or more")
+        if self.critic_warmup >= self.iterations:
+            raise SettingError("critic_warmup", f"is {self.critic_warmup}, and of {self.iterations} iterations none is left for the policy")
 
 
 def plan(config: PPOConfig, rows: int) -> Plan:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,39 +11,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignkit.api import Context, Metrics, Policy, RunError, ScoredRollout, State, TokenBatch
+from alignkit import checks
+from alignkit.api import Context, Metrics, Policy, RunError, ScoredRollout, State, Stateful, TokenBatch
+from alignkit.average import WeightAverage
 from alignkit.data.collate import length_buckets
-from alignkit.learner import Learner
+from alignkit.data.pretraining import PretrainingStream
+from alignkit.learner import Learner, Share
 from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_eos
+from alignkit.ops.correction import bounded_weights, mismatch, sequence_weights, truncated_weights
 from alignkit.ops.kl import adaptive_kl_coef, k1, k3, sequence_kl
-from alignkit.ops.losses import clipped_policy_loss, clipped_share, clipped_value_loss
+from alignkit.ops.losses import clipped_policy_loss, clipped_share, clipped_value_loss, clipped_value_share
 from alignkit.ops.masked import masked_mean, masked_sum, masked_whiten
 from alignkit.ops.stats import explained_variance
+from alignkit.seeds import derived_seed
+from alignkit_ppo.experience import Experience, batch_rows
+from alignkit_ppo.pretraining import ptx_shares
 
 if TYPE_CHECKING:
     from alignkit.models.scalar import ScalarModel
-    from alignkit_ppo import PPOConfig
+    from alignkit_ppo import CorrectionConfig, PPOConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """One rollout, ready to learn from. All [b t]; ``batch.loss_mask`` is True at the response tokens that count."""
-
-    batch: TokenBatch
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def rows(self, index: Sequence[int]) -> Experience:
-        """Some rows, without the columns that are padding in all of them."""
-        width = int(self.batch.mask[list(index)].sum(dim=1).max())
-
-        def cut(x: Tensor) -> Tensor:
-            return x[list(index), :width]
-
-        batch = TokenBatch(cut(self.batch.ids), cut(self.batch.mask), cut(self.batch.loss_mask))
-        return Experience(batch, *(cut(x) for x in (self.old_logprobs, self.old_values, self.advantages, self.returns)))
+_EARLY_STOP = 1.5
+"""An iteration ends early at this many times ``early_stop_kl``, so that the setting names the KL that is wanted (Spinning Up's rule)."""
 
 
 class PPO:
@@ -53,14 +41,18 @@ class PPO:
     def __init__(self, config: PPOConfig, context: Context) -> None:
         assert context.plan is not None
         self._config = config
-        self._seed = context.seed
+        self._context = context
         self._policy = context.load_policy(context.start, True)
         same = context.reference == context.start
         self._reference = self._policy.reference() if same else context.load_policy(context.reference, False)
         self._critic = _critic(config, context)
-        steps = context.plan.steps * config.epochs * config.minibatches
-        self._policy_learner = Learner(self._policy.module, config, steps=steps)
-        self._critic_learner = Learner(self._critic, config.critic, steps=steps)
+        self._steps = config.epochs * config.minibatches  # of one iteration, unless it is stopped early
+        iterations = context.plan.steps
+        self._policy_learner = Learner(self._policy.module, config, steps=(iterations - config.critic_warmup) * self._steps)
+        self._critic_learner = Learner(self._critic, config.critic, steps=iterations * self._steps)
+        self._average = WeightAverage(self._policy.module, config.ema) if config.ema else None
+        ptx, codec = config.ptx, self._policy.codec
+        self._pretraining = PretrainingStream(context, ptx.data, codec, max_length=ptx.max_length, name="ptx") if ptx else None
         self._kl_coef = config.kl.coef
         self._iteration = 0
 
@@ -72,10 +64,10 @@ class PPO:
     def update(self, batch: ScoredRollout) -> Metrics:
         """Rewards, advantages, then ``epochs`` passes of ``minibatches`` steps."""
         experience, metrics = self._prepare(batch)
-        steps = [self._step(experience.rows(index)) for index in self._minibatches(len(batch.scores))]
+        steps = list(self._learn(experience, exact=batch.rollout.exact or self._policy.exact))
+        metrics |= _over(steps) | {"policy/steps_count": float(sum("loss/policy" in step for step in steps))}
         self._policy.version += 1
         self._iteration += 1
-        metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         if self._config.kl.kind == "adaptive":
             kl = self._config.kl
             # After the step: the rewards of this iteration used the old coefficient.
@@ -100,16 +92,26 @@ class PPO:
         batch = TokenBatch(rollout.batch.ids, rollout.batch.mask, mask)
         reference = self._each(batch, lambda part: self._reference.score_tokens(part, temperature=config.temperature).logprobs)
         critic = self._each(batch, self._critic.values)
-        trained = rollout.logprobs if rollout.exact else self._each(batch, self._old_logprobs)
-        logprobs = torch.where(mask, trained, 0.0)
+        recorded = torch.where(mask, rollout.logprobs, 0.0)
+        # The sampler's own log-probabilities are the training forward's where both compute in float32.
+        trust = rollout.exact and config.correction is None
+        logprobs = recorded if trust else self._each(batch, self._logprobs)
 
         rewards = kl_penalized_rewards(judged, logprobs, reference, mask, coef=self._kl_coef)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, center=False)
         advantages, returns = gae(rewards, critic, mask, gamma=config.gamma, lam=config.lam)
-        experience = Experience(batch, logprobs, critic, masked_whiten(advantages, mask), returns)
+        whitened = masked_whiten(advantages, mask)
+        if config.correction:
+            # A weight is never negative, so weighting the loss of a token is weighting its advantage.
+            whitened = whitened * _weights(config.correction, logprobs, recorded, mask)
+        experience = Experience(batch, logprobs, critic, whitened, returns)
+        token_k3 = k3(logprobs, reference, mask)
+        if self._context.checks:
+            checks.divergence_is_not_negative(token_k3)
         kl = sequence_kl(logprobs, reference, mask)[has_score]
         lengths = rollout.batch.loss_mask.sum(dim=1).float()
+        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
         metrics = {
             "reward/score_mean": float(score[has_score].mean()),
             "reward/score_std": float(score[has_score].std(correction=0)),
@@ -117,55 +119,104 @@ class PPO:
             "reward/masked_count": float((~has_score).sum()),
             "kl/sequence_nats": float(kl.mean()),
             "kl/token_k1_nats": float(masked_mean(k1(logprobs, reference, mask), mask)),
-            "kl/token_k3_nats": float(masked_mean(k3(logprobs, reference, mask), mask)),
+            "kl/token_k3_nats": float(masked_mean(token_k3, mask)),
             "kl/coef": self._kl_coef,
             "response/length_tokens": float(lengths.mean()),
             "response/finished_share": float(finished.float().mean()),
             "critic/explained_variance": float(explained_variance(critic, returns, mask)),
             "critic/value_mean": float(masked_mean(critic, mask)),
+            "critic/return_mean": float(masked_mean(returns, mask)),
+            "critic/return_std": float(spread.sqrt()),
         }
+        if not trust:
+            metrics["rollout/mismatch_nats"] = self._mismatch(logprobs, recorded, mask)
         return experience, metrics | _mean_parts(scored)
 
-    def _old_logprobs(self, part: TokenBatch) -> Tensor:
+    def _mismatch(self, logprobs: Tensor, recorded: Tensor, mask: Tensor) -> float:
+        """How far the sampler is from the trainer, nats per token; too far is worth a warning."""
+        off = float(mismatch(logprobs, recorded, mask))
+        if self._context.checks and off > checks.ROUGH_NATS:
+            self._context.say(
+                f"iteration {self._iteration + 1}: the sampler's log-probabilities are {off:.2f} nats per token off the trainer's; "
+                "ratios and KL are right, but the responses are another policy's: set correction, or precision: float32"
+            )
+        return off
+
+    def _logprobs(self, part: TokenBatch) -> Tensor:
         return self._policy.score_tokens(part, temperature=self._config.temperature).logprobs
 
-    def _step(self, minibatch: Experience) -> dict[str, float]:
-        """One step of the policy and one of the critic; each gradient is clipped by itself."""
-        config = self._config
-        mask = minibatch.batch.loss_mask
-        count = int(mask.sum().clamp(min=1))
+    def _learn(self, experience: Experience, *, exact: bool) -> Iterator[dict[str, float]]:
+        """The figures of each minibatch's step; the steps that an early stop leaves out are skipped by both schedules."""
+        warming = self._iteration < self._config.critic_warmup
+        limit = self._config.early_stop_kl
+        for done, index in enumerate(self._minibatches(len(experience)), start=1):
+            minibatch = experience.rows(index)
+            critic = self._critic_step(minibatch)
+            if warming:
+                yield critic
+                continue
+            policy = self._policy_step(minibatch, check=self._context.checks and done == 1, exact=exact)
+            if self._average:
+                self._average.update()
+            yield policy | critic
+            if limit is not None and policy["policy/kl_to_rollout_nats"] > _EARLY_STOP * limit:
+                self._policy_learner.skip(self._steps - done)
+                self._critic_learner.skip(self._steps - done)
+                return
 
-        def policy_loss(part: Experience) -> tuple[Tensor, Metrics]:
-            inner = part.batch.loss_mask
-            tokens = self._policy.score_tokens(part.batch, temperature=config.temperature)
-            new, entropy = tokens.logprobs.cpu(), tokens.entropy.detach().cpu()
-            terms = (part.old_logprobs, part.advantages, inner)
-            loss = clipped_policy_loss(new, *terms, clip=config.clip, tokens_in_minibatch=count)
-            change = torch.where(inner, new.detach() - part.old_logprobs, 0.0)
-            return loss, {
-                "loss/policy": float(loss.detach()),
-                "policy/entropy_nats": float(masked_sum(entropy, inner)) / count,
-                "policy/approx_kl_nats": float(masked_sum(0.5 * change**2, inner)) / count,
+    def _policy_step(self, minibatch: Experience, *, check: bool, exact: bool) -> dict[str, float]:
+        """One step of the policy, on the minibatch and, with PPO-ptx, on pretraining text: two gradients, one step."""
+        config = self._config
+        count = int(minibatch.mask.sum().clamp(min=1))
+        largest = 0.0
+
+        def loss(part: Experience) -> tuple[Tensor, Metrics]:
+            nonlocal largest
+            mask = part.mask
+            tokens = self._policy.score_tokens(part.batch, temperature=config.temperature, entropy_gradient=config.entropy_coef > 0.0)
+            new, entropy = tokens.logprobs.cpu(), tokens.entropy.cpu()
+            terms = (part.old_logprobs, part.advantages, mask)
+            change = torch.where(mask, new.detach() - part.old_logprobs, 0.0)
+            if check:
+                checks.ratio_is_one(change[mask], exact=exact)
+            largest = max(largest, float(change.max().exp()))
+            surrogate = clipped_policy_loss(new, *terms, clip=config.clip, tokens_in_minibatch=count)
+            bonus = masked_sum(entropy, mask) / count
+            return surrogate - config.entropy_coef * bonus if config.entropy_coef else surrogate, {
+                "loss/policy": float(surrogate.detach()),
+                "policy/entropy_nats": float(bonus.detach()),
+                "policy/approx_kl_nats": float(masked_sum(0.5 * change**2, mask)) / count,
+                "policy/kl_to_rollout_nats": float(masked_sum(k3(part.old_logprobs, new.detach(), mask), mask)) / count,
                 "policy/clip_share": float(clipped_share(new.detach(), *terms, clip=config.clip, tokens_in_minibatch=count)),
-                "policy/ratio_mean": float(masked_sum(change.exp(), inner)) / count,
+                "policy/ratio_mean": float(masked_sum(change.exp(), mask)) / count,
             }
 
-        def critic_loss(part: Experience) -> tuple[Tensor, Metrics]:
-            values = self._critic.values(part.batch).cpu()
-            loss = clipped_value_loss(
-                values, part.old_values, part.returns, part.batch.loss_mask, clip=config.critic.clip, tokens_in_minibatch=count
-            )
-            return loss, {"loss/critic": float(loss.detach())}
+        shares: list[Share] = [partial(loss, part) for part in minibatch.microbatches(config.microbatch_tokens)]
+        if config.ptx and self._pretraining:
+            rows = self._pretraining.take(config.ptx.ratio * len(minibatch))
+            shares += ptx_shares(self._policy, rows, coef=config.ptx.coef, microbatch_tokens=config.microbatch_tokens)
+        return self._policy_learner.step(shares) | {"policy/ratio_max": largest}
 
-        policy = self._policy_learner.step(partial(policy_loss, part) for part in _microbatches(minibatch, config.microbatch_tokens))
-        critic = self._critic_learner.step(partial(critic_loss, part) for part in _microbatches(minibatch, config.critic.microbatch_tokens))
-        return policy | {"loss/critic": critic["loss/critic"], "critic/grad_norm": critic["optimizer/grad_norm"]}
+    def _critic_step(self, minibatch: Experience) -> dict[str, float]:
+        """One step of the critic; its gradient is clipped by itself."""
+        config = self._config.critic
+        count = int(minibatch.mask.sum().clamp(min=1))
+
+        def loss(part: Experience) -> tuple[Tensor, Metrics]:
+            terms = (self._critic.values(part.batch).cpu(), part.old_values, part.returns, part.mask)
+            error = clipped_value_loss(*terms, clip=config.clip, tokens_in_minibatch=count)
+            metrics = {"loss/critic": float(error.detach())}
+            if config.clip is not None:
+                metrics["critic/clip_share"] = float(clipped_value_share(*terms, clip=config.clip, tokens_in_minibatch=count))
+            return error, metrics
+
+        figures = self._critic_learner.step(partial(loss, part) for part in minibatch.microbatches(config.microbatch_tokens))
+        return {name.replace("optimizer/", "critic/"): value for name, value in figures.items()}
 
     def _minibatches(self, rows: int) -> Iterator[list[int]]:
         """Rows of each minibatch: a fresh permutation each epoch, a pure function of seed, iteration and epoch."""
         for epoch in range(self._config.epochs):
-            digest = hashlib.blake2b(f"{self._seed}/ppo/{self._iteration}/{epoch}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            generator = torch.Generator().manual_seed(derived_seed(self._context.seed, "ppo", self._iteration, epoch))
             for part in torch.randperm(rows, generator=generator).tensor_split(self._config.minibatches):
                 yield part.tolist()
 
@@ -173,29 +224,35 @@ class PPO:
         """``figure`` [b t] of all rows, computed a microbatch at a time."""
         whole = torch.zeros(batch.ids.shape)
         for index in length_buckets(batch.mask.sum(dim=1).tolist(), self._config.microbatch_tokens):
-            width = int(batch.mask[index].sum(dim=1).max())
-            part = TokenBatch(batch.ids[index, :width], batch.mask[index, :width], batch.loss_mask[index, :width])
-            whole[index, :width] = figure(part).float().cpu()
+            part = batch_rows(batch, index)
+            whole[index, : part.ids.shape[1]] = figure(part).float().cpu()
         return whole
 
+    def _parts(self) -> Mapping[str, Stateful]:
+        parts: dict[str, Stateful | None] = {
+            "policy": self._policy_learner, "critic": self._critic_learner, "average": self._average, "pretraining": self._pretraining,
+        }  # fmt: skip
+        return {name: part for name, part in parts.items() if part is not None}
+
     def state(self) -> State:
-        """Both learners, the KL coefficient and the iteration, from which permutations follow."""
-        policy, critic = self._policy_learner.state(), self._critic_learner.state()
-        tensors = {f"policy/{k}": v for k, v in policy.tensors.items()} | {f"critic/{k}": v for k, v in critic.tensors.items()}
-        values = {"policy": policy.values, "critic": critic.values, "kl_coef": self._kl_coef, "iteration": self._iteration}
-        return State(tensors, values)
+        """Both learners, the average, the place in the pretraining text, the KL coefficient, and the iteration: permutations follow."""
+        states = {name: part.state() for name, part in self._parts().items()}
+        tensors = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
+        values = {name: dict(state.values) for name, state in states.items()}
+        return State(tensors, {**values, "kl_coef": self._kl_coef, "iteration": self._iteration})
 
     def load_state(self, state: State) -> None:
         """Continue from ``state``."""
-        for name, learner in (("policy", self._policy_learner), ("critic", self._critic_learner)):
-            tensors = {k.removeprefix(f"{name}/"): v for k, v in state.tensors.items() if k.startswith(f"{name}/")}
-            learner.load_state(State(tensors, state.values[name]))
+        for name, part in self._parts().items():
+            tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in state.tensors.items() if key.startswith(f"{name}/")}
+            part.load_state(State(tensors, state.values[name]))
         self._kl_coef = state.values["kl_coef"]
         self._iteration = self._policy.version = state.values["iteration"]
 
     def save(self, folder: Path) -> None:
-        """Write the policy."""
-        self._policy.save(folder)
+        """Write the policy: with ``ema``, the average of its weights."""
+        with self._average.in_place() if self._average else nullcontext():
+            self._policy.save(folder)
 
 
 def _critic(config: PPOConfig, context: Context) -> ScalarModel:
@@ -209,9 +266,17 @@ def _critic(config: PPOConfig, context: Context) -> ScalarModel:
     return critic
 
 
-def _microbatches(minibatch: Experience, tokens: int) -> list[Experience]:
-    lengths = minibatch.batch.mask.sum(dim=1).tolist()
-    return [minibatch.rows(index) for index in length_buckets(lengths, tokens)]
+def _weights(config: CorrectionConfig, logprobs: Tensor, recorded: Tensor, mask: Tensor) -> Tensor:
+    if config.kind == "tis":
+        return truncated_weights(logprobs, recorded, mask, high=config.high)
+    weigh = bounded_weights if config.kind == "icepop" else sequence_weights
+    return weigh(logprobs, recorded, mask, low=config.low, high=config.high)
+
+
+def _over(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the steps; of what is a maximum already, the maximum."""
+    found = {name: [step[name] for step in steps if name in step] for name in {name: None for step in steps for name in step}}
+    return {name: max(values) if name.endswith("_max") else sum(values) / len(values) for name, values in found.items()}
 
 
 def _mean_parts(scored: ScoredRollout) -> dict[str, float]:
