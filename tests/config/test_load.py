@@ -340,3 +340,13 @@ def test_no_text_brings_anything_but_a_config_error(cut: int, text: str, tmp_pat
     source = SMOKE.read_text()
     (tmp_path / "c.yaml").write_text(source[:cut] + text + source[cut:], encoding="utf-8", errors="replace")
     assert refusal(tmp_path / "c.yaml", ()) != ()
+
+
+@pytest.mark.parametrize("key", ["top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
+def test_filters_that_would_falsify_ratios_are_refused_with_the_reason(key: str) -> None:
+    problems = refusal(SMOKE, [f"ppo.optimizer.{key}=1"])
+    assert problems is not None
+    (problem,) = problems
+    assert (
+        f"ppo.optimizer.{key} is refused: responses must be drawn from the very distribution whose log-probabilities are trained" in problem
+    )

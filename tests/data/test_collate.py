@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as some
 
-from alignkit.data.collate import collate, length_buckets
+from alignkit.data.collate import best_fit, collate, length_buckets, pack
 from alignkit.interfaces import TokenBatch
 from alignkit.types import TokenRow
 
@@ -68,3 +68,25 @@ def test_a_group_counts_with_all_its_rows() -> None:
 
 def test_what_exceeds_the_budget_by_itself_is_alone() -> None:
     assert length_buckets([100, 3, 3], 10) == [[0], [1, 2]]
+
+
+@given(some.lists(some.integers(1, 12), min_size=1, max_size=20), some.integers(1, 12))
+def test_best_fit_puts_each_row_into_one_bin_that_has_room_for_it(lengths: list[int], width: int) -> None:
+    bins = best_fit(lengths, width)
+    assert sorted(i for one in bins for i in one) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in one) <= width or len(one) == 1 for one in bins)
+
+
+def test_best_fit_by_hand() -> None:
+    # Longest first: 7 | 5 and 4 | then 3 fills the first bin, and 2 finds no room.
+    assert best_fit([2, 7, 4, 5, 3], 10) == [[1, 4], [3, 2], [0]]
+
+
+def test_a_packed_row_by_hand() -> None:
+    first, second = TokenRow("a", (5, 6, 7), (True, False, True)), TokenRow("b", (8, 9), (False, True))
+    packed = pack([[first, second], [second]])
+    assert packed.ids.tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, 0, 0]]
+    assert packed.mask.tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert packed.loss_mask.tolist() == [[False, False, True, False, True], [False, True, False, False, False]]  # nothing predicts a first
+    assert packed.positions is not None
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.data.collate import pack
 from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_eos
+from alignkit.ops.correction import bounded_weights, geometric_mean_weight, importance_weights, mismatch, truncated_weights
 from alignkit.ops.kl import adaptive_kl_coef, k1, k2, k3, sequence_kl
 from alignkit.ops.logprobs import entropy, selective_logprobs, token_logprobs
 from alignkit.ops.losses import better_pairs, clipped_policy_loss, clipped_share, clipped_value_loss, kwise_loss, nll_loss, score_index
 from alignkit.ops.masked import masked_mean, masked_whiten
 from alignkit.ops.schedule import schedule
 from alignkit.ops.stats import explained_variance, pair_accuracy
+from alignkit.types import TokenRow
 
 Inputs = Mapping[str, Tensor]
 Params = Mapping[str, Any]
@@ -111,6 +114,38 @@ def adaptive_kl(x: Inputs, params: Params) -> Figures:
         coef = adaptive_kl_coef(coef, kl, target=params["target"], horizon=params["horizon"], episodes=params["n_steps"])
         coefs.append(coef)
     return {"values": coefs}
+
+
+def correction(x: Inputs, params: Params) -> Figures:
+    old, sampled, mask = x["old_logp"], x["rollout_logp"], x["mask"].bool()
+    low, high = params["icepop"]
+    cut = truncated_weights(old, sampled, mask, high=params["tis_max"])
+    bounded = bounded_weights(old, sampled, mask, low=low, high=high)
+
+    def loss(weights: Tensor) -> Tensor:
+        gains = torch.where(mask, x["advantages"], 0.0) * weights
+        return clipped_policy_loss(x["new_logp"], old, gains, mask, clip=params["cliprange"], tokens_in_minibatch=int(mask.sum()))
+
+    geometric = geometric_mean_weight(old, sampled, mask)
+    return {
+        "w": importance_weights(old, sampled, mask),
+        "tis": cut,
+        "icepop": bounded,
+        "seq_geo_mean": geometric,
+        "seq_ratio": geometric ** mask.sum(dim=1),
+        "loss_tis": loss(cut),
+        "loss_icepop": loss(bounded),
+        "mismatch_kl_k1": masked_mean(k1(sampled, old, mask), mask),
+        "mismatch_kl_k3": masked_mean(k3(sampled, old, mask), mask),
+        "mean_abs_logp_diff": mismatch(old, sampled, mask),
+    }
+
+
+def packing(x: Inputs, params: Params) -> Figures:
+    rows = [TokenRow(str(i), (7,) * length, (True,) * length) for i, length in enumerate(x["packed_lengths"].long().tolist())]
+    batch = pack([rows])
+    assert batch.positions is not None
+    return {"packed_position_ids": batch.positions[0], "packed_label_is_masked": (~batch.loss_mask[0]).double()}
 
 
 def logprobs(x: Inputs, params: Params) -> Figures:
@@ -215,6 +250,8 @@ COMPUTED: Mapping[str, Callable[[Inputs, Params], Figures]] = {
     "ppo_policy_loss": policy_loss,
     "value_loss": value_loss,
     "adaptive_kl": adaptive_kl,
+    "rollout_correction": correction,
+    "position_ids_and_packing": packing,
     "logprobs_from_logits": logprobs,
     "sft_loss_accumulation": sft_loss,
     "rm_pairwise": pairwise,

@@ -165,3 +165,28 @@ def test_large_logits_keep_the_digits_of_a_likely_token() -> None:
     # And an unlikely token costs what it should: e^1000 is not a number in float32.
     far = torch.tensor([[1000.0, 0.0]])
     assert float(selective_logprobs(far, torch.eye(2), torch.tensor([1]))[0]) == -1000.0
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_entropies_have_the_gradient_of_plain_autograd_when_it_is_asked_for(trained_head: bool, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, generator=generator, dtype=torch.float64, requires_grad=trained_head)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=trained_head)
+    tokens, factors = torch.tensor([0, 3, 10, 5, 5, 1]), torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    inputs = (hidden, weight, bias) if trained_head else (hidden,)
+
+    ours = selective_logprobs(hidden, weight, tokens, bias=bias, temperature=temperature, entropy_gradient=True)
+    gradients = torch.autograd.grad((ours[0] * factors[0]).sum() + (ours[1] * factors[1]).sum(), inputs)
+    logits = hidden @ weight.T + bias
+    plain = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
+    wanted = torch.autograd.grad((plain[0] * factors[0]).sum() + (plain[1] * factors[1]).sum(), inputs)
+    assert torch.allclose(ours[1], plain[1], atol=1e-10)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert torch.allclose(gradient, want, atol=1e-10)
+
+
+def test_entropies_have_no_gradient_unless_it_is_asked_for() -> None:
+    hidden, weight = torch.randn(2, 4, requires_grad=True), torch.randn(5, 4)
+    assert not selective_logprobs(hidden, weight, torch.tensor([1, 2]))[1].requires_grad

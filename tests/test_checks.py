@@ -1,0 +1,65 @@
+"""What stops a run while it runs, and what the message says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignkit import checks
+from alignkit.errors import RunError
+from alignkit.interfaces import TokenBatch
+from alignkit.types import TokenRow
+
+ROWS = torch.ones(2, 3, dtype=torch.bool)
+BATCH = TokenBatch(torch.arange(6).reshape(2, 3), ROWS, ROWS)
+
+
+def test_a_ratio_of_one_within_rounding_passes_and_anything_else_stops() -> None:
+    checks.ratio_is_one(torch.tensor([0.0, 9e-5, -9e-5]), exact=True)
+    checks.ratio_is_one(torch.tensor([0.05, 0.0, 0.0, 0.0]), exact=False)  # 0.0125 on average, of 0.02
+    checks.ratio_is_one(torch.zeros(0), exact=True)
+    with pytest.raises(RunError, match=r"differ by 0\.0002 nats .* likely causes: dropout .* set checks: off"):
+        checks.ratio_is_one(torch.tensor([0.0, 2e-4]), exact=True)
+    with pytest.raises(RunError, match=r"differ by 0\.03 nats"):
+        checks.ratio_is_one(torch.tensor([0.03, -0.03]), exact=False)
+    with pytest.raises(RunError, match="differ by nan nats"):
+        checks.ratio_is_one(torch.tensor([float("nan")]), exact=True)
+
+
+def test_a_negative_divergence_stops() -> None:
+    checks.divergence_is_not_negative(torch.tensor([0.0, 3.0]))
+    for wrong in (-0.1, float("nan")):
+        with pytest.raises(RunError, match="k3 estimate of the KL to the reference is"):
+            checks.divergence_is_not_negative(torch.tensor([0.0, wrong]))
+
+
+def test_a_reward_that_padding_changes_stops() -> None:
+    def last_column(batch: TokenBatch) -> Tensor:
+        return batch.ids[:, -1].float()
+
+    def last_real(batch: TokenBatch) -> Tensor:
+        return torch.tensor([float(ids[mask][-1]) for ids, mask in zip(batch.ids, batch.mask, strict=True)])
+
+    checks.padding_changes_nothing(last_real, BATCH, exact=True)
+    with pytest.raises(RunError, match="padding changes the reward model's scores by 5"):
+        checks.padding_changes_nothing(last_column, BATCH, exact=True)
+
+
+def test_demonstrations_of_which_none_ends_stop() -> None:
+    ends, cut = TokenRow("a", (5, 9), (False, True)), TokenRow("b", (9, 6), (False, True))
+    checks.end_of_turn_is_trained([cut, ends], stop_ids=(9,))
+    with pytest.raises(RunError, match=r"would never learn to stop; .*raise max_length"):
+        checks.end_of_turn_is_trained([cut], stop_ids=(9,))  # it has a stop token, and does not train it
+
+
+def test_another_template_stops_and_names_the_stage() -> None:
+    checks.same_template("a1", "a1", "sft")
+    with pytest.raises(RunError, match="are not those that stage sft was made with"):
+        checks.same_template("a1", "b2", "sft")
+
+
+def test_packed_documents_that_see_each_other_stop() -> None:
+    checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.00005, -2.0]), exact=True)
+    with pytest.raises(RunError, match=r"packing changes log-probabilities by 0\.5 nats"):
+        checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), exact=True)
