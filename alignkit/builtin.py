@@ -7,7 +7,7 @@ from typing import Any
 
 from alignkit.api import Codec, Context, DataSpec, EvaluatorSpec, Policy, PolicySpec, RewardSource, RewardSpec, hookimpl
 from alignkit.data.sources import DATA_SPECS
-from alignkit.evaluate import WIN_RATE
+from alignkit.evaluate import TEXT_LOSS, WIN_RATE
 from alignkit.models.config import CausalLMConfig, TinyLMConfig
 from alignkit.rewards import MixConfig, PythonConfig
 
@@ -104,4 +104,4 @@ def _build_mix(config: MixConfig, context: Context) -> RewardSource:
 @hookimpl
 def register_evaluators() -> list[EvaluatorSpec]:
     """Comparisons of finished stages."""
-    return [WIN_RATE]
+    return [WIN_RATE, TEXT_LOSS]

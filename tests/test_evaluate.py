@@ -50,6 +50,17 @@ def test_the_interval_is_near_the_normal_one_and_the_seed_makes_it() -> None:
     assert bootstrap_interval(wins, resamples=4000, seed=1) == (low, high)
 
 
+def test_a_weight_says_how_much_of_the_mean_a_value_is() -> None:
+    # Two draws of two: the 0 twice, the 1 twice, or half the time one of each, with the mean 3/4. The last is the median.
+    values, weights = np.array([0.0, 1.0]), np.array([1.0, 3.0])
+    assert bootstrap_interval(values, resamples=200, seed=0, weights=weights, level=0.0) == (0.75, 0.75)
+    assert bootstrap_interval(values, resamples=200, seed=0, weights=weights) == (0.0, 1.0)
+    draws = np.array([0.5, 0.25, 1.0])
+    assert bootstrap_interval(draws, resamples=9, seed=3, weights=np.full(3, 7.0)) == pytest.approx(
+        bootstrap_interval(draws, resamples=9, seed=3)
+    )
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     draws = generator.normal(loc=0.3, size=(400, 60))

@@ -77,6 +77,48 @@ def test_another_kind_of_evaluation_is_a_table(tmp_path: Path) -> None:
     assert "perplexity" in write_report(tmp_path).read_text()
 
 
+TEXT_LOSS = {
+    "text_loss": [
+        {"policy": "sft", "loss_nats": 3.6148, "loss_ci95_low_nats": 3.5, "loss_ci95_high_nats": 3.7,
+         "difference_nats": 0.0, "difference_ci95_low_nats": 0.0, "difference_ci95_high_nats": 0.0},
+        {"policy": "ppo", "loss_nats": 3.701, "loss_ci95_low_nats": 3.6, "loss_ci95_high_nats": 3.8,
+         "difference_nats": 0.0862, "difference_ci95_low_nats": -0.004, "difference_ci95_high_nats": 0.17},
+    ],
+    "documents": 150, "tokens": 11321, "data": "jsonl",
+}  # fmt: skip
+
+
+def test_the_loss_of_held_out_text_is_a_table_of_policies(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "reward" / "evaluation.json").write_text(json.dumps(TEXT_LOSS))
+    (found,) = view.text_losses(read_run(tmp_path))
+    assert found.text == "nats per token; 150 documents, 11,321 tokens"
+    assert found.rows == [("sft", "3.615", ""), ("ppo", "3.701", "+0.086 (−0.004 to +0.170)")]
+    for shown in (write_report(tmp_path).read_text(), rendered(tmp_path)):
+        for words in ("11,321 tokens", "difference to sft", "3.615", "+0.086 (−0.004 to +0.170)"):
+            assert words in shown
+    assert view.other_figures(read_run(tmp_path)) == []
+    assert "beats sft on 78%" in rendered(tmp_path)  # the comparison has its place still
+
+
+def test_a_text_loss_that_could_not_be_computed_is_dashes(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    nothing = [{name: value if name == "policy" else None for name, value in entry.items()} for entry in TEXT_LOSS["text_loss"]]
+    (tmp_path / "compare" / "evaluation.json").write_text(json.dumps(TEXT_LOSS | {"text_loss": nothing}))
+    assert view.text_losses(read_run(tmp_path))[0].rows == [("sft", "–", ""), ("ppo", "–", "– (– to –)")]
+    assert "– (– to –)" in write_report(tmp_path).read_text()
+
+
+def test_of_several_win_rates_the_last_is_the_headline_and_the_others_are_tables(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "reward" / "evaluation.json").write_text(json.dumps(EVALUATION | {"candidate": "one", "win_rate": 0.625}))
+    ((name, figures),) = view.other_figures(read_run(tmp_path))
+    assert (name, figures["win_rate"], figures["prompts"]) == ("reward: one over sft", "0.625", "200")
+    page = write_report(tmp_path).read_text()
+    assert "win rate, ppo over sft" in page
+    assert "reward: one over sft" in page
+
+
 def test_validation_lies_over_training_and_times_share_a_chart(tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in read_run(write_run(tmp_path)).stages}
     main, others = view.charts(stages["sft"])

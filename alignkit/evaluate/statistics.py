@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +26,19 @@ def per_group(values: Floats, groups: Sequence[str]) -> Floats:
     return np.array([sum(found) / len(found) for found in members.values()])
 
 
-def bootstrap_interval(values: Floats, *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of ``values`` [n] (Efron 1979); nan when there are none.
+def bootstrap_interval(
+    values: Floats, *, resamples: int, seed: int, weights: Floats | None = None, level: float = 0.95
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of ``values`` [n], weighted by ``weights`` [n] (Efron 1979); nan when there are none.
 
-    Responses to one prompt are not independent: give it one value a prompt.
+    Responses to one prompt are not independent, nor are tokens of one document: give it one value a prompt, or a document's mean
+    with its number of tokens as the weight.
     """
     if not len(values):
         return float("nan"), float("nan")
     generator = np.random.default_rng(seed)
-    means = np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    draws = (generator.integers(len(values), size=len(values)) for _ in range(resamples))
+    means = np.array([np.average(values[drawn], weights=None if weights is None else weights[drawn]) for drawn in draws])
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)
 
@@ -55,3 +61,8 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
     """Different word n-grams over all word n-grams of ``texts`` (Li et al. 2016); nan when there are none. It falls as texts repeat."""
     grams = [tuple(words[i : i + n]) for words in (text.lower().split() for text in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def without_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: what could not be computed becomes None."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in figures.items()}

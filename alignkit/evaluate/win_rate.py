@@ -13,7 +13,7 @@ import torch
 from alignkit.data.encode import encode_prompts
 from alignkit.data.records import prompts as read_prompts
 from alignkit.errors import DataError
-from alignkit.evaluate.statistics import Floats, bootstrap_interval, distinct, outcomes, pair_agreement, per_group
+from alignkit.evaluate.statistics import Floats, bootstrap_interval, distinct, outcomes, pair_agreement, per_group, without_nan
 from alignkit.interfaces import Policy, RewardSource, Rollout, RolloutEngine, TokenBatch
 from alignkit.rollout import LocalEngine
 from alignkit.types import PromptRow, Sample, Sampling
@@ -164,11 +164,6 @@ def rated_samples(rows: Any) -> tuple[list[Sample], Floats]:
         samples.append(Sample(prompt, response))
         ratings.append(float(rating))
     return samples, np.array(ratings, dtype=np.float64)
-
-
-def without_nan(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: what could not be computed becomes None."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in figures.items()}
 
 
 def _shape(answers: Answers, when: str) -> dict[str, float]:

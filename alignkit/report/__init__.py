@@ -36,7 +36,7 @@ def summary_table(run_dir: Path) -> RenderableType:
 
     run = read_run(run_dir)
     comparison = [_headline(run), _comparison_table(run), _samples_table(run)] if run.comparison else []
-    return Group(*comparison, _artifacts_table(run))
+    return Group(*comparison, *(_text_loss_table(found) for found in view.text_losses(run)), _artifacts_table(run))
 
 
 def write_curves(run_dir: Path, path: Path) -> Path:
@@ -77,6 +77,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
         "changes": view.changes(comparison),
         "frontiers": frontiers,
         "curves": curves,
+        "text_losses": view.text_losses(run),
         "other_figures": view.other_figures(run),
         "data_counts": view.data_counts(run.stages),
         "artifacts": [stage for stage in run.stages if stage.artifact],
@@ -109,6 +110,17 @@ def _comparison_table(run: RunRecord) -> RenderableType:
     for row in view.changes(found):
         table.add_row(row.name, row.before, row.after)
     table.add_row("KL per response, nats", "0", number(found["kl_sequence_nats"]))
+    return table
+
+
+def _text_loss_table(found: view.TextLosses) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=f"{found.name}: held-out text, {found.text}", title_justify="left", title_style="bold")
+    for column in ("policy", "loss", f"difference to {found.rows[0][0]} (95% interval)"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for row in found.rows:
+        table.add_row(*row)
     return table
 
 

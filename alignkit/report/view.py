@@ -49,6 +49,15 @@ class Change:
     after: str
 
 
+@dataclass(frozen=True, slots=True)
+class TextLosses:
+    """What an evaluation found of held-out text: its stage, what was read, and rows of policy, loss and difference to the first."""
+
+    name: str
+    text: str
+    rows: list[tuple[str, str, str]]
+
+
 def charts(stage: StageRecord) -> tuple[list[Chart], list[Chart]]:
     """The stage's main curves, and the others. A validation figure lies over its training figure; times share one chart."""
     held_out = {name: points for name, points in stage.metrics.items() if name.startswith("validation/")}
@@ -122,12 +131,28 @@ def data_counts(stages: Iterable[StageRecord]) -> list[tuple[str, str, dict[str,
     ]
 
 
-def other_figures(run: RunRecord) -> list[tuple[str, dict[str, str]]]:
-    """The figures of evaluations of other kinds than a win rate."""
+def text_losses(run: RunRecord) -> list[TextLosses]:
+    """The evaluations that read held-out text."""
     return [
-        (stage.name, {key: number(value) for key, value in stage.evaluation.items() if isinstance(value, int | float)})
+        TextLosses(
+            stage.name,
+            f"nats per token; {number(stage.evaluation['documents'])} documents, {number(stage.evaluation['tokens'])} tokens",
+            [
+                (entry["policy"], _nats(entry["loss_nats"]), _difference(entry) if i else "")
+                for i, entry in enumerate(stage.evaluation["text_loss"])
+            ],
+        )
         for stage in run.stages
-        if stage.evaluation and "win_rate" not in stage.evaluation
+        if "text_loss" in stage.evaluation
+    ]
+
+
+def other_figures(run: RunRecord) -> list[tuple[str, dict[str, str]]]:
+    """The figures of the evaluations that the report has no better place for: other kinds, and win rates before the last one."""
+    return [
+        (_titled(stage), {key: number(value) for key, value in stage.evaluation.items() if isinstance(value, int | float)})
+        for stage in run.stages
+        if stage.evaluation and stage.evaluation is not run.comparison and "text_loss" not in stage.evaluation
     ]
 
 
@@ -144,6 +169,23 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def _titled(stage: StageRecord) -> str:
+    """The stage's name, and of a comparison also who was compared."""
+    found = stage.evaluation
+    return f"{stage.name}: {found['candidate']} over {found['baseline']}" if "win_rate" in found else stage.name
+
+
+def _difference(entry: Mapping[str, Any]) -> str:
+    """A difference with its interval."""
+    value, low, high = (_nats(entry[f"difference_{part}nats"], sign="+") for part in ("", "ci95_low_", "ci95_high_"))
+    return f"{value} ({low} to {high})"
+
+
+def _nats(value: float | None, sign: str = "") -> str:
+    """Nats to three decimals: losses of a few nats differ by hundredths."""
+    return "–" if value is None else f"{value:{sign}.3f}".replace("-", "−")
 
 
 def _chart(name: str, series: Sequence[Series]) -> Chart:
