@@ -35,7 +35,7 @@ SEED = 17
 WORDS = range(40, 81)
 """Words of the paragraphs that are taken: 45 to 128 tokens or so, long enough to have a subject and short enough to be read whole."""
 
-FILES = {"pretraining.jsonl": ("train", 1000), "pretraining.heldout.jsonl": ("test", 150)}
+FILES = {"pretraining.jsonl": ("train", 1000), "pretraining.heldout.jsonl": ("test", 80)}
 """Split and number of paragraphs of each file. The splits share no article."""
 
 README = f"""\
