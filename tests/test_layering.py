@@ -41,7 +41,7 @@ LIGHT = [
 CONTRACT = {"api", "adamw"}
 """What a plugin's declaring module may import of the core."""
 
-WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds"}
+WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds", "files", "average"}
 """What a plugin may import of the core where the work is done."""
 
 SERVING = {"api", "rollout", "models", "data", "registry", "config", "lineage"}

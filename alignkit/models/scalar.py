@@ -43,6 +43,11 @@ class ScalarModel(nn.Module):
         scalars: Tensor = self.head(hidden.float())
         return scalars.squeeze(-1)
 
+    @property
+    def exact(self) -> bool:
+        """Whether the arithmetic is float32."""
+        return self._precision == "float32"
+
     def scores(self, batch: TokenBatch) -> Tensor:
         """The reward [b] of each row: the scalar at its last real token, less ``offset``, times ``gain``."""
         at = score_index(batch.mask).to(self.head.weight.device)

@@ -8,7 +8,9 @@ from typing import Literal
 
 from alignkit.adamw import AdamWConfig
 from alignkit.api import (
+    Component,
     Context,
+    DataSource,
     OfflineOptimizer,
     OptimizerSpec,
     Plan,
@@ -16,6 +18,7 @@ from alignkit.api import (
     RewardSource,
     RewardSpec,
     RewardStage,
+    SettingError,
     hookimpl,
     setting,
 )
@@ -30,9 +33,22 @@ class RewardModelConfig(AdamWConfig):
     epochs: int = setting(1, "passes over the rankings; more overfit (InstructGPT)", at_least=1)
     batch: int = setting(16, "rankings per step", at_least=1)
     center: float = setting(0.0, "weight of the squared sum of a pair's rewards: keeps them near 0 (arXiv:2312.09244)", at_least=0.0)
-    normalize: Literal["none", "standard"] = setting(
-        "standard", "standard: the scores of the training responses get mean 0 and std 1, so that KL coefficients keep their meaning"
+    normalize: Literal["none", "standard", "demonstrations"] = setting(
+        "standard",
+        "of what is saved. standard: ranked responses get mean 0 and std 1, so that KL coefficients keep their meaning; "
+        "demonstrations: demonstrations get mean 0 (InstructGPT)",
     )
+    demonstrations: Component[DataSource] | None = setting(None, "for normalize: demonstrations: those whose mean score becomes 0")
+    cross_validate: Literal["none", "labeler"] = setting(
+        "none", "labeler: how well labelers are predicted whose rankings were not trained on; it trains one more model a fold"
+    )
+    folds: int = setting(5, "groups of labelers for cross_validate", at_least=2)
+
+    def __post_init__(self) -> None:
+        given = self.demonstrations is not None
+        if given != (self.normalize == "demonstrations"):
+            unused = "is used by normalize: demonstrations alone; remove it"
+            raise SettingError("demonstrations", unused if given else "is missing; normalize: demonstrations needs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +74,7 @@ def build_source(config: TrainedRewardConfig, context: Context) -> RewardSource:
     """The trained model as a reward source."""
     from alignkit_reward_model.source import TrainedReward
 
-    return TrainedReward(context.load_scalar(config.stage, False))
+    return TrainedReward(context.load_scalar(config.stage, False), checks=context.checks)
 
 
 @hookimpl

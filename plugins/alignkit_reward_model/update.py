@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.api import Context, DataError, Metrics, RankedRows, State
+from alignkit.checks import padding_changes_nothing
 from alignkit.data.collate import collate, length_buckets
+from alignkit.data.order import Order
+from alignkit.files import write_json
 from alignkit.learner import Learner
+from alignkit.loops import offline
 from alignkit.ops.losses import kwise_loss
 from alignkit.ops.stats import pair_accuracy
-
-if TYPE_CHECKING:
-    from alignkit_reward_model import RewardModelConfig
+from alignkit_reward_model import RewardModelConfig, plan
+from alignkit_reward_model.cross_validation import Fold, cross_validate, labeler_groups, split
+from alignkit_reward_model.figures import accuracy_by_gap, accuracy_by_labeler, spread
+from alignkit_reward_model.normalization import demonstration_rows, normalization, response_rows
+from alignkit_reward_model.source import CHECKED_ROWS, scores_of
 
 
 class RewardModel:
@@ -27,10 +32,14 @@ class RewardModel:
 
     def __init__(self, config: RewardModelConfig, context: Context) -> None:
         assert context.plan is not None
-        self._config = config
+        self._config, self._context = config, context
         self._model = context.load_scalar(context.start, True)
         self._learner = Learner(self._model, config, steps=context.plan.steps, peaks={"head.": config.head_learning_rate})
-        self._scored = _RunningMoments()
+        # Both may find that the data is not what they need, which is better known before the training than after it.
+        self._groups = labeler_groups(context.rows, config.folds) if config.cross_validate == "labeler" else None
+        self._demonstrations = demonstration_rows(config.demonstrations, context, self._model.codec) if config.demonstrations else []
+        self._validated: dict[str, Any] | None = None
+        self._padding_to_check = context.checks
 
     def update(self, batch: Sequence[RankedRows]) -> Metrics:
         """One step."""
@@ -39,6 +48,9 @@ class RewardModel:
             raise DataError(
                 f"all rankings of a step are tied or weigh nothing (the first is {batch[0].id!r}); they say nothing about which is better"
             )
+        if self._padding_to_check:
+            padding_changes_nothing(self._model.scores, collate(useful[0].rows[:CHECKED_ROWS]), exact=self._model.exact)
+            self._padding_to_check = False
 
         total = sum(ranking.weight for ranking in useful)
 
@@ -46,7 +58,6 @@ class RewardModel:
             scores, ranks = self._scores(rankings)
             weights = torch.tensor([ranking.weight for ranking in rankings])
             share = (self._loss(rankings, scores, ranks) * weights).sum() / total
-            self._scored.add(scores.detach()[ranks > 0])
             return share, {
                 "loss/ranking_nats": float(share.detach()),
                 "reward/accuracy": float(pair_accuracy(scores, ranks).sum()) / len(useful),
@@ -57,23 +68,24 @@ class RewardModel:
 
     @torch.no_grad()
     def validate(self, batch: Sequence[RankedRows]) -> Metrics:
-        """Loss, accuracy (ties in reward count as wrong) and the spread of rewards over all rankings."""
+        """Loss and accuracy (ties in reward count as wrong), each a mean over a prompt's pairs and then over prompts, and what
+        ``figures.py`` tells of all pairs and responses."""
         useful = _useful(batch)
         if not useful:
             raise DataError("all held-out rankings are tied or weigh nothing; they cannot tell a good reward model from a bad one")
-        loss = accuracy = 0.0
-        rewards: list[Tensor] = []
+        loss = 0.0
+        scored: list[tuple[RankedRows, Tensor]] = []
         for rankings in self._microbatches(useful):
             scores, ranks = self._scores(rankings)
             loss += float(self._loss(rankings, scores, ranks).sum())
-            accuracy += float(pair_accuracy(scores, ranks).sum())
-            rewards.append(scores[ranks > 0])
-        spread = torch.cat(rewards)
+            scored += [(ranking, row[: len(ranking.rows)]) for ranking, row in zip(rankings, scores, strict=True)]
+        accuracies = {ranking.id: float(pair_accuracy(row[None], torch.tensor([ranking.ranks]))) for ranking, row in scored}
         return {
             "loss/ranking_nats": loss / len(useful),
-            "reward/accuracy": accuracy / len(useful),
-            "reward/score_mean": float(spread.mean()),
-            "reward/score_std": float(spread.std(correction=0)),
+            "reward/accuracy": sum(accuracies.values()) / len(useful),
+            **accuracy_by_labeler(useful, accuracies),
+            **accuracy_by_gap(scored),
+            **spread(scored),
         }
 
     def _scores(self, rankings: Sequence[RankedRows]) -> tuple[Tensor, Tensor]:
@@ -97,46 +109,44 @@ class RewardModel:
         return [[rankings[i] for i in bucket] for bucket in length_buckets(lengths, self._config.microbatch_tokens, sizes)]
 
     def state(self) -> State:
-        """Weights, moments of the learner, and the running figures of the scores."""
-        learner = self._learner.state()
-        return State(learner.tensors, {"learner": learner.values, "scored": self._scored.values()})
+        """Weights and moments."""
+        return self._learner.state()
 
     def load_state(self, state: State) -> None:
         """Continue from ``state``."""
-        self._learner.load_state(State(state.tensors, state.values["learner"]))
-        self._scored = _RunningMoments(**state.values["scored"])
+        self._learner.load_state(state)
 
     def save(self, folder: Path) -> None:
-        """Write the reward model, with the normalisation that the config asks for."""
-        if self._config.normalize == "standard":
-            self._model.offset, self._model.gain = self._scored.mean, 1.0 / self._scored.std
-        self._model.save(folder)
+        """Write the reward model, with the normalisation that the config asks for, and what the cross-validation found."""
+        choice = self._config.normalize
+        if choice != "none":
+            rows = self._demonstrations if choice == "demonstrations" else response_rows(self._context.rows)
+            self._model.offset, self._model.gain = normalization(scores_of(self._model, rows), scale=choice == "standard")
+            goal = "demonstrations score 0 on average" if choice == "demonstrations" else "ranked responses have mean 0 and std 1"
+            self._context.say(f"reward: less {self._model.offset:.3f}, times {self._model.gain:.3f}: {len(rows)} {goal}")
+        try:
+            self._model.save(folder)
+        finally:
+            # What is trained and validated is the bare score: training may go on from here.
+            self._model.offset, self._model.gain = 0.0, 1.0
+        if self._groups is not None:
+            self._validated = self._validated or self._cross_validation(self._groups)
+            write_json(folder / "cross_validation.json", self._validated)
 
+    def _cross_validation(self, groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """One more model a fold, trained as this one was, on the rankings of all labelers but the fold's."""
+        config = replace(self._config, cross_validate="none", normalize="none", demonstrations=None)
 
-@dataclass(slots=True)
-class _RunningMoments:
-    """Mean and spread of the scores seen while training, the recent ones counting most: early scores are of another model."""
+        def accuracies(fold: Fold) -> tuple[float, float]:
+            steps = plan(config, len(fold.training))
+            model = RewardModel(config, replace(self._context, plan=steps, rows=fold.training))
+            order = Order(len(fold.training), self._context.seed, "cross-validation")
+            offline(model, fold.training, order, steps, first=0, after=lambda step, metrics: None)
+            same, other = (model.validate(rows)["reward/accuracy"] for rows in (fold.same, fold.other))
+            self._context.say(f"reward: without {', '.join(fold.labelers)}: same labelers {same:.3f}, others {other:.3f}")
+            return same, other
 
-    mean: float = 0.0
-    square: float = 0.0
-    weight: float = 0.0
-
-    def add(self, scores: Tensor) -> None:
-        """Take the scores of one microbatch."""
-        keep = 0.99 ** len(scores)
-        self.weight = keep * self.weight + (1.0 - keep)
-        share = (1.0 - keep) / self.weight
-        self.mean += share * (float(scores.mean()) - self.mean)
-        self.square += share * (float((scores**2).mean()) - self.square)
-
-    @property
-    def std(self) -> float:
-        """Spread; never so small that dividing by it would blow noise up."""
-        return math.sqrt(max(self.square - self.mean**2, 1e-6))
-
-    def values(self) -> dict[str, float]:
-        """For the checkpoint."""
-        return asdict(self)
+        return cross_validate([split(self._context.rows, labelers) for labelers in groups], accuracies)
 
 
 def _useful(rankings: Sequence[RankedRows]) -> list[RankedRows]:
