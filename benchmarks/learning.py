@@ -26,7 +26,7 @@ from alignkit.quickstart.fetch import fetch_snippets, run_pip
 HERE = Path(__file__).resolve().parent
 TASKS = {"letters": "count of a letter", "sentiment": "lexicon sentiment", "trained": "trained reward model"}
 BUDGET: dict[str, Any] = {
-    "iterations": 40, "episodes": 64, "epochs": 4, "max_new_tokens": 16, "learning_rate": 3e-4, "kl_coef": 0.05,
+    "iterations": 30, "episodes": 64, "epochs": 2, "max_new_tokens": 12, "learning_rate": 1e-3, "kl_coef": 0.05,
 }  # fmt: skip
 PROMPT_TOKENS = 4
 Curve = list[tuple[float, float]]
@@ -63,7 +63,7 @@ def peer_environment(folder: Path) -> Path:
 
 
 def pretrain(folder: Path) -> None:
-    """A Llama of a million parameters that continues film-review snippets and ends them; prompts are snippets' first tokens."""
+    """A Llama of less than a million parameters that continues film-review snippets and ends them; prompts are snippets' first tokens."""
     if (folder / "prompts.jsonl").is_file():
         return
     import torch
@@ -79,11 +79,11 @@ def pretrain(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], eos_token=special[1])
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 128}
+    shape = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None, **shape))
     rows = [[*ids[:62], 1] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    steps, batch = 1500, 48
-    adam = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    steps, batch = 700, 32
+    adam = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps, eta_min=1e-4)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -96,8 +96,8 @@ def pretrain(folder: Path) -> None:
         adam.step()
         adam.zero_grad()
         decay.step()
-        if step % 250 == 0 or step == steps - 1:
-            print(f"pretraining {step + 1}/{steps}: loss {float(loss):.2f}", flush=True)
+        if step % 100 == 0 or step == steps - 1:
+            print(f"pretraining {step + 1}/{steps}: loss {loss.item():.2f}", flush=True)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     starts = dict.fromkeys(tuple(row[:PROMPT_TOKENS]) for row in rows if len(row) > 2 * PROMPT_TOKENS)

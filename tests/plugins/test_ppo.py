@@ -3,14 +3,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import exp
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from alignkit.context import Context
-from alignkit.data.collate import collate
 from alignkit.data.sources import FileConfig
 from alignkit.errors import RunError, SettingError
 from alignkit.interfaces import ScoredRollout
@@ -46,55 +45,6 @@ def weights(ppo: PPO) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in ppo.state().tensors.items() if "weight/" in name}
 
 
-def test_before_the_first_update_policy_and_reference_are_one(tmp_path: Path) -> None:
-    ppo = make(tmp_path)
-    metrics = ppo.update(scored(ppo, SMALL))
-    assert abs(metrics["kl/sequence_nats"]) < 1e-5
-    assert metrics["reward/total_mean"] == pytest.approx(metrics["reward/score_mean"], abs=1e-5)
-
-
-def test_at_the_first_minibatch_the_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(tmp_path: Path) -> None:
-    config = replace(SMALL, minibatches=1)
-    ppo = make(tmp_path, config)
-    metrics = ppo.update(scored(ppo, config))
-    assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    assert metrics["policy/clip_share"] == 0.0
-    assert metrics["policy/approx_kl_nats"] < 1e-9
-    assert metrics["loss/policy"] == pytest.approx(0.0, abs=1e-5)  # advantages are whitened over these very tokens
-
-
-@pytest.mark.parametrize("tokens", [1, 40, 100_000])
-def test_the_update_does_not_depend_on_the_microbatch_size(tmp_path: Path, tokens: int) -> None:
-    whole = make(tmp_path, SMALL)
-    split = make(tmp_path, replace(SMALL, microbatch_tokens=tokens, critic=CriticConfig(microbatch_tokens=tokens)))
-    batch = scored(whole, SMALL)
-    first, second = whole.update(batch), split.update(batch)
-    for name in ("loss/policy", "loss/critic", "policy/entropy_nats", "optimizer/grad_norm", "critic/grad_norm"):
-        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
-
-
-def test_each_response_is_used_once_an_epoch_and_steps_are_epochs_times_minibatches(tmp_path: Path) -> None:
-    config = replace(SMALL, epochs=3, minibatches=5)
-    ppo = make(tmp_path, config)
-    parts = list(ppo._minibatches(12))
-    assert len(parts) == 15
-    for epoch in range(3):
-        assert sorted(i for part in parts[5 * epoch : 5 * epoch + 5] for i in part) == list(range(12))
-    assert parts[:5] != parts[5:10]
-    ppo.update(scored(ppo, config))
-    assert ppo.state().values["policy"]["step"] == ppo.state().values["critic"]["step"] == 15
-
-
-def test_the_reference_stays_and_the_critics_gradient_does_not_reach_the_policy(tmp_path: Path) -> None:
-    ppo = make(tmp_path)
-    reference = {name: tensor.clone() for name, tensor in ppo._reference.module.state_dict().items()}
-    before = weights(ppo)
-    ppo.update(scored(ppo, SMALL, score=lambda sample: 1.0))
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in ppo._reference.module.state_dict().items())
-    after = weights(ppo)
-    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith("critic/"))
-
-
 def test_a_sample_without_a_score_teaches_nothing(tmp_path: Path) -> None:
     """The update is the same whatever the unscored responses were."""
 
@@ -122,48 +72,12 @@ def test_a_rollout_without_any_score_stops_with_the_reason(tmp_path: Path) -> No
         ppo.update(scored(ppo, SMALL, score=lambda sample: None))
 
 
-def test_a_response_that_did_not_end_pays_the_penalty_once(tmp_path: Path) -> None:
-    free, fined = make(tmp_path), make(tmp_path, replace(SMALL, missing_eos_penalty=0.7))
-    batch = scored(free, SMALL)
-    share = sum(sample.finished for sample in batch.rollout.samples) / len(batch.rollout.samples)
-    assert share < 1.0
-    difference = free.update(batch)["reward/total_mean"] - fined.update(batch)["reward/total_mean"]
-    assert difference == pytest.approx(0.7 * (1.0 - share), abs=1e-5)
-
-
 def test_old_logprobs_are_the_samplers_only_where_it_computes_as_the_trainer_does(tmp_path: Path) -> None:
     ppo = make(tmp_path)
     batch = scored(ppo, SMALL)
     wrong = replace(batch.rollout, logprobs=batch.rollout.logprobs - 0.5, exact=False)
     metrics = ppo.update(ScoredRollout(wrong, batch.scores))
     assert abs(metrics["kl/sequence_nats"]) < 1e-5  # computed anew, so the sampler's error has no influence
-
-
-def test_the_adaptive_coefficient_moves_after_the_update_towards_the_target(tmp_path: Path) -> None:
-    config = replace(SMALL, kl=KLConfig(kind="adaptive", coef=0.1, target=1.0, horizon=120.0))
-    ppo = make(tmp_path, config)
-    assert ppo.update(scored(ppo, config))["kl/coef"] == 0.1
-    # KL is 0 at the start: the error is clipped to -0.2, over 12 episodes of a horizon of 120.
-    assert ppo.update(scored(ppo, config, step=1))["kl/coef"] == pytest.approx(0.1 * (1 - 0.2 * 12 / 120))
-
-
-def test_it_learns_to_say_what_is_rewarded_and_a_strong_penalty_holds_it_back(tmp_path: Path) -> None:
-    def learnt(coef: float) -> tuple[list[float], float]:
-        config = replace(
-            SMALL, iterations=30, samples_per_prompt=16, minibatches=4, learning_rate=1e-2, decay="constant", kl=KLConfig(coef=coef),
-            critic=CriticConfig(learning_rate=1e-2, decay="constant"),
-        )  # fmt: skip
-        ppo = make(tmp_path, config)
-        figures = [ppo.update(scored(ppo, config, step)) for step in range(config.iterations)]
-        return [step["reward/score_mean"] for step in figures], figures[-1]["kl/sequence_nats"]
-
-    free, far = learnt(0.0)
-    held, near = learnt(100.0)
-    assert free[0] < 0.2
-    assert free[-1] > 4.0  # of 8 tokens, half at least say it
-    assert 1.0 < far < 100.0
-    assert near < 0.3
-    assert held[-1] < 0.2
 
 
 def test_lora_shares_its_base_with_the_reference(tmp_path: Path) -> None:
@@ -206,29 +120,6 @@ def policy_gradients(ppo: PPO, batch: ScoredRollout, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ppo._policy_learner, "step", backward_only)
     ppo._policy_step(experience, check=False, exact=True)
     return {name: weight.grad for name, weight in ppo._policy.module.named_parameters() if weight.grad is not None}
-
-
-def test_i_ppo_16_ptx_adds_its_gradient_to_that_of_ppo_before_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = text(tmp_path)
-    plain = make(tmp_path)
-    batch = scored(plain, SMALL)
-    alone = policy_gradients(plain, batch, monkeypatch)
-
-    def mixed(coef: float) -> dict[str, torch.Tensor]:
-        ppo = make(tmp_path, replace(SMALL, ptx=PtxConfig(data=data, coef=coef, ratio=2, max_length=16)))
-        return policy_gradients(ppo, batch, monkeypatch)
-
-    for name, gradient in mixed(coef=0.0).items():
-        assert torch.allclose(gradient, alone[name], rtol=1e-5, atol=1e-9), name
-
-    # The text by itself: 2 chunks to each of the 12 responses, every token of them, at temperature 1.
-    other = make(tmp_path, replace(SMALL, ptx=PtxConfig(data=data, ratio=2, max_length=16)))
-    assert other._pretraining is not None
-    whole = collate(other._pretraining.take(24))
-    (-other._policy.score_tokens(whole).logprobs[whole.loss_mask].mean()).backward()
-    of_text = {name: weight.grad for name, weight in other._policy.module.named_parameters() if weight.grad is not None}
-    for name, gradient in mixed(coef=3.0).items():
-        assert torch.allclose(gradient, alone[name] + 3.0 * of_text[name], rtol=1e-5, atol=1e-6), name
 
 
 def test_ptx_is_one_step_with_its_own_text_and_leaves_the_critic_alone(tmp_path: Path) -> None:
@@ -290,18 +181,6 @@ def test_an_entropy_bonus_keeps_the_policy_undecided(tmp_path: Path) -> None:
         return [ppo.update(scored(ppo, config, step))["policy/entropy_nats"] for step in range(10)][-1]
 
     assert entropy_after(1.0) > entropy_after(0.0) + 0.05
-
-
-@pytest.mark.parametrize("kind", ["tis", "icepop", "sequence_mask"])
-def test_i_ppo_15_a_sampler_that_agrees_is_not_corrected(tmp_path: Path, kind: Literal["tis", "icepop", "sequence_mask"]) -> None:
-    plain, corrected = make(tmp_path), make(tmp_path, replace(SMALL, correction=CorrectionConfig(kind=kind)))
-    batch = scored(plain, SMALL)
-    trained = plain._each(batch.rollout.batch, plain._logprobs)
-    agreeing = ScoredRollout(replace(batch.rollout, logprobs=trained), batch.scores)
-    first, _ = plain._prepare(agreeing)
-    second, metrics = corrected._prepare(agreeing)
-    assert torch.equal(first.advantages, second.advantages)
-    assert metrics["rollout/mismatch_nats"] == 0.0
 
 
 def test_a_sampler_that_is_off_is_measured_corrected_and_named(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import torch
 from alignkit.data.sources import FileConfig
 from alignkit.errors import ModelError, RunError
 from alignkit.models.config import TinyLMConfig
-from alignkit.rollout import LocalEngine
 from alignkit.settings import Component
 from alignkit.testing import make_context
-from alignkit.types import Demonstration, Message, Prompt, PromptRow, Sampling, TokenRow
+from alignkit.types import Demonstration, Message, Prompt, TokenRow
 from alignkit_sft import PretrainConfig, SFTConfig, plan
 from alignkit_sft.update import SFT
 
@@ -42,30 +41,6 @@ def rows(sft: SFT) -> list[TokenRow]:
         Demonstration(Prompt(word, (Message("user", word),)), (Message("assistant", answer),)) for word, answer in PAIRS.items()
     ]
     return [sft._policy.codec.demonstration(demonstration) for demonstration in demonstrations]
-
-
-def test_four_examples_are_learnt_by_heart_and_the_answers_stop(tmp_path: Path) -> None:
-    """I-SFT-5."""
-    sft = make(tmp_path)
-    batch = rows(sft)
-    for _ in range(120):
-        metrics = sft.update(batch)
-    assert metrics["loss/nll_nats"] < 0.05
-    prompts = [Prompt(word, (Message("user", word),)) for word in PAIRS]
-    asked = [PromptRow(prompt, sft._policy.codec.prompt(prompt)) for prompt in prompts]
-    rollout = LocalEngine(0).rollout(sft._policy, asked, Sampling(12, temperature=1e-4), samples_per_prompt=1, step=0)
-    assert [sample.response for sample in rollout.samples] == list(PAIRS.values())
-    assert all(sample.finished for sample in rollout.samples)
-
-
-@pytest.mark.parametrize("tokens", [1, 60, 100])
-def test_the_loss_is_per_token_of_the_whole_step_however_it_is_split(tmp_path: Path, tokens: int) -> None:
-    """I-SFT-1, with ragged rows."""
-    whole, split = make(tmp_path), make(tmp_path, replace(CONFIG, microbatch_tokens=tokens))
-    batch = rows(whole)
-    first, second = whole.update(batch), split.update(batch)
-    for name, value in first.items():
-        assert second[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_only_what_is_marked_is_counted_and_trained(tmp_path: Path) -> None:

@@ -34,20 +34,6 @@ def alone(policy: CausalPolicy, asked: Request) -> list[Event]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampler_and_training_forward_agree_on_logprobs(architecture: str, temperature: float) -> None:
-    policy = tiny_policy(architecture)
-    texts = [Prompt(str(i), (Message("user", text),), plain=True) for i, text in enumerate(TEXTS)]
-    prompts = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in texts]
-    rollout = LocalEngine(0).rollout(policy, prompts, Sampling(max_new_tokens=16, temperature=temperature), samples_per_prompt=3, step=0)
-    with torch.no_grad():
-        trained = policy.score_tokens(rollout.batch, temperature=temperature).logprobs
-    assert rollout.exact
-    assert torch.allclose(rollout.logprobs, trained, atol=1e-4)
-    assert (rollout.logprobs[rollout.batch.loss_mask] < 0).all()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_response_is_the_same_alone_and_in_a_crowd_that_comes_and_goes(architecture: str) -> None:
     policy = tiny_policy(architecture)
     asked = [request(policy, i, length=3 + 5 * (i % 4)) for i in range(12)]
