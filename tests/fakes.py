@@ -14,9 +14,20 @@ ARCHITECTURES = ("llama", "gpt2", "qwen2")
 
 
 @functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the interpreter ends."""
+    return tempfile.TemporaryDirectory(prefix="alignkit-tests-")
+
+
+def scratch(name: str) -> Path:
+    """A place for what is made once and used by many tests."""
+    return Path(_scratch().name) / name
+
+
+@functools.cache
 def tiny_folder(architecture: str = "llama", seed: int = 0) -> Path:
     """A transformers folder of a tiny random model, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="alignkit-tiny-")) / architecture
+    folder = scratch(f"{architecture}-{seed}")
     return tiny.prepare(TinyLMConfig(architecture=architecture, hidden_size=32, seed=seed), folder)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from alignkit.models.causal_lm import CausalPolicy, load
 from alignkit.models.config import Precision, TinyLMConfig, TuningConfig
 from alignkit.testing import make_context
 from alignkit.types import Plan
-from tests.fakes import tiny_folder
+from tests.fakes import scratch, tiny_folder
 
 Architecture = Literal["llama", "gpt2", "qwen2"]
 
@@ -42,7 +41,7 @@ def vivid_folder(architecture: Architecture) -> Path:
     """A transformers folder of the model, made once."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder(architecture))
     shake(model, 0.15)
-    folder = Path(tempfile.mkdtemp(prefix="alignkit-vivid-")) / architecture
+    folder = scratch(f"vivid-{architecture}")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder(architecture)).save_pretrained(folder)
     return folder
