@@ -194,10 +194,10 @@ def test_s10_the_tokens_that_are_trained_are_the_tokens_that_were_drawn(tmp_path
     seen: Counter[tuple[int, ...]] = Counter()
     plainly = CausalPolicy.score_tokens
 
-    def watched(self: CausalPolicy, part: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+    def watched(self: CausalPolicy, part: TokenBatch, **options: Any) -> TokenScores:
         if self is ppo.policy:
             seen.update(tuple(ids[mask].tolist()) for ids, mask in zip(part.ids, part.mask, strict=True))
-        return plainly(self, part, temperature=temperature)
+        return plainly(self, part, **options)
 
     monkeypatch.setattr(CausalPolicy, "score_tokens", watched)
     ppo.update(scored)

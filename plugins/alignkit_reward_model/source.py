@@ -31,7 +31,7 @@ class TrainedReward:
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
         """The scalar at the end-of-response token of each sample. A score that is not finite is no score."""
         rows = [self._model.codec.sample(sample) for sample in samples]
-        if self._to_check:
+        if self._to_check and rows:
             padding_changes_nothing(self._model.scores, collate(rows[:CHECKED_ROWS]), exact=self._model.exact)
             self._to_check = False
         broken = Score(None, reason="the reward model's score is not finite")

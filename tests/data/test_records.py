@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.records import demonstrations, fingerprint, prompts, rankings
+from alignkit.data.records import demonstrations, documents, fingerprint, prompts, rankings
 from alignkit.errors import DataError
 from alignkit.interfaces import Row
 from alignkit.types import Message
@@ -89,9 +89,9 @@ def test_forms_of_prompts(row: dict[str, Any], messages: object, plain: bool) ->
 
 def test_the_rows_in_the_documentation_have_the_forms_they_stand_for() -> None:
     examples = re.findall(r"^```json\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    reads: list[Read] = [demonstrations, rankings, prompts]
+    reads: list[Read] = [demonstrations, rankings, prompts, documents]
     found = [read(rows(*map(json.loads, lines.splitlines()))) for read, lines in zip(reads, examples, strict=True)]
-    assert [len(records) for records in found] == [3, 3, 2]
+    assert [len(records) for records in found] == [3, 3, 2, 1]
 
 
 def test_columns_that_a_form_does_not_read_are_metadata() -> None:

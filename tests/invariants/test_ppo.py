@@ -511,7 +511,7 @@ def test_i_ppo_12_reference_and_reward_model_stay_as_they_are(architecture: Arch
     """Two iterations of training change no bit of the reference and of the reward model that scores them."""
     ppo = make(tmp_path, architecture)
     reward = ppo._context.load_scalar(None, False)
-    source = TrainedReward(reward)
+    source = TrainedReward(reward, checks=True)
     frozen = [ppo._reference.module, reward]
     before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in frozen]
     trained = weights(ppo)
