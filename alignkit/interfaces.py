@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from alignkit.context import Context
+    from alignkit.models.decoding import Decoding
     from alignkit.models.scalar import ScalarModel
 
 API_VERSION = 1
@@ -108,8 +109,8 @@ class Policy(Protocol):
     def exact(self) -> bool:
         """Whether the arithmetic is float32, so that log-probabilities recorded while sampling agree with the training forward."""
 
-    def decoding(self) -> AbstractContextManager[Any]:
-        """The model to generate with."""
+    def decoding(self) -> AbstractContextManager[Decoding]:
+        """The model to generate with, as its weights are on entering."""
 
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
         """Log-probabilities (logits / temperature) of the tokens under ``loss_mask``, differentiable, and entropies, so if asked for."""

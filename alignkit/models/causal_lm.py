@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from alignkit.data.codec import TemplateCodec
 from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch, TokenScores
-from alignkit.models import adapters
+from alignkit.models import adapters, kernels
+from alignkit.models.attention import hidden_states, prepare
 from alignkit.models.config import Precision, TuningConfig
+from alignkit.models.decoding import Decoding, decoding
 from alignkit.ops.logprobs import selective_logprobs
 
 
@@ -29,7 +30,6 @@ class CausalPolicy:
         self._model = model
         self._tuning = tuning
         self._precision = resolve_precision(precision)
-        self._copy: tuple[int, Any] | None = None
         self.codec = codec
         self.version = 0
 
@@ -47,19 +47,19 @@ class CausalPolicy:
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
         """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their document.
 
-        Rows are padded on the right, so causal attention alone keeps padding out; hidden states are projected onto the
-        vocabulary only where a token is scored.
+        Padding is not computed, a beginning that documents share is computed once, and hidden states are projected onto the vocabulary
+        only where a token is scored.
         """
         ids, loss_mask = batch.ids.to(self.device), batch.loss_mask.to(self.device)
-        positions = None if batch.positions is None else batch.positions.to(self.device)
         # Nothing comes before a document's first token, so it has no probability; a mask that counts it is a mask that does not.
-        loss_mask = loss_mask & ((torch.arange(ids.shape[1], device=ids.device) if positions is None else positions) > 0)
+        starts = torch.arange(ids.shape[1]) if batch.positions is None else batch.positions
+        loss_mask = loss_mask & (starts > 0).to(self.device)
         with autocast(self._precision, self.device):
-            hidden = hidden_states(self._model, ids, positions)
+            hidden, line = hidden_states(self._model, batch)
             head = self._model.get_output_embeddings()
             scored = loss_mask[:, 1:]
             logprobs, entropy = selective_logprobs(
-                hidden[:, :-1][scored],
+                hidden.index_select(0, line[:, :-1][scored]),
                 head.weight,
                 ids[:, 1:][scored],
                 bias=head.bias,
@@ -73,22 +73,9 @@ class CausalPolicy:
         """Whether the arithmetic is float32: recorded log-probabilities then agree with the training forward."""
         return self._precision == "float32"
 
-    @contextmanager
-    def decoding(self) -> Iterator[Any]:
-        """The model to generate with.
-
-        Adapters and bfloat16 are decoded with a plain copy, made anew after each update: half the matrix products of a decoding
-        step would be the adapters', and casting the weights at every step would cost more than the step.
-        """
-        if self.exact and self._tuning.kind == "full":
-            yield self._model
-            return
-        if self._copy is None or self._copy[0] != self.version:
-            dtype = torch.float32 if self.exact else torch.bfloat16
-            plain = self._copy[1] if self._copy else type(self._model)(self._model.config).to(self.device, dtype).eval()
-            plain.load_state_dict(adapters.merged_state(self._model))
-            self._copy = (self.version, plain)
-        yield self._copy[1]
+    def decoding(self) -> AbstractContextManager[Decoding]:
+        """The model to generate with; what merging, casting and repacking its weights costs is paid on entering."""
+        return decoding(self._model, adapters.merged_state(self._model), torch.float32 if self.exact else torch.bfloat16)
 
     def reference(self) -> CausalPolicy:
         """A frozen policy with the weights this one started from.
@@ -129,6 +116,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: not a transformers folder with safetensors weights: {str(error).strip().splitlines()[0]}") from error
     model = model.to(pick_device()).eval()
+    prepare(model)
     if trainable:
         adapters.tune(model, tuning, seed)
     else:
@@ -146,28 +134,16 @@ def make_codec(tokenizer: Any, model_config: Any) -> TemplateCodec:
     return TemplateCodec(tokenizer, tuple(dict.fromkeys(stops)))
 
 
-def hidden_states(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Last hidden states [b t d] of right-padded rows.
-
-    With ``positions`` [b t] that begin anew at 0, transformers keeps the documents of a row apart, but only without an attention
-    mask and without a cache.
-    """
-    states: Tensor = model.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state
-    return states
-
-
 def pick_device() -> torch.device:
     """The accelerator if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: Precision) -> Precision:
-    """``auto``: bfloat16 where the processor multiplies in it (measured: elsewhere it is slower than float32)."""
+    """``auto``: bfloat16 where it was found to be faster; of two processors that both have instructions for it, one may be and one not."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    return "bfloat16" if kernels.chosen().bfloat16 else "float32"
 
 
 def autocast(precision: Precision, device: torch.device) -> Any:

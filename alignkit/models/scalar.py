@@ -14,7 +14,8 @@ from alignkit.data.codec import TemplateCodec
 from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch
 from alignkit.models import adapters
-from alignkit.models.causal_lm import autocast, hidden_states, load, make_codec, pick_device, resolve_precision
+from alignkit.models.attention import hidden_states, prepare
+from alignkit.models.causal_lm import autocast, load, make_codec, pick_device, resolve_precision
 from alignkit.models.config import Precision, TuningConfig
 from alignkit.ops.losses import score_index
 
@@ -35,13 +36,12 @@ class ScalarModel(nn.Module):
         nn.init.normal_(self.head.weight, std=1.0 / math.sqrt(width + 1))
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Scalars [b t] float32 at every position of right-padded rows."""
-        device = self.head.weight.device
-        with autocast(self._precision, device):
-            hidden = hidden_states(self.backbone, ids.to(device))
-        scalars: Tensor = self.head(hidden.float())
-        return scalars.squeeze(-1)
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Scalars [b t] float32 at every token; at padding, any."""
+        with autocast(self._precision, self.head.weight.device):
+            hidden, line = hidden_states(self.backbone, batch)
+        scalars: Tensor = self.head(hidden.float()).squeeze(-1)
+        return scalars.index_select(0, line.flatten()).view(line.shape)
 
     @property
     def exact(self) -> bool:
@@ -51,12 +51,12 @@ class ScalarModel(nn.Module):
     def scores(self, batch: TokenBatch) -> Tensor:
         """The reward [b] of each row: the scalar at its last real token, less ``offset``, times ``gain``."""
         at = score_index(batch.mask).to(self.head.weight.device)
-        raw: Tensor = self(batch.ids).gather(1, at[:, None]).squeeze(1)
+        raw: Tensor = self(batch).gather(1, at[:, None]).squeeze(1)
         return (raw - self.offset) * self.gain
 
     def values(self, batch: TokenBatch) -> Tensor:
         """The critic's values [b t]: at each token, the scalar of the position before it, from which the token is predicted."""
-        before = self(batch.ids)[:, :-1]
+        before = self(batch)[:, :-1]
         return torch.cat([torch.zeros_like(before[:, :1]), before], dim=1)
 
     def save(self, folder: Path) -> None:
@@ -86,6 +86,7 @@ def load_scalar(folder: Path, *, tuning: TuningConfig, precision: Precision, tra
 
     facts = json.loads(facts_file.read_text(encoding="utf-8"))
     backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(pick_device()).eval()
+    prepare(backbone)
     codec = make_codec(AutoTokenizer.from_pretrained(folder), backbone.config)
     if codec.template_hash != facts["template_hash"]:
         raise ModelError(f"{folder}: its chat template is not the one it was trained with, so its scores would mean something else")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignkit.seeds import derived_seed
 
+_BLOCK = 256
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer: the step of splitmix64
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
@@ -35,13 +36,21 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [n] by inverse CDF from softmax(logits [n v] / temperature [n]), and their log-probabilities [n] float32, nats."""
+    """Tokens [n] by inverse CDF from softmax(logits [n v] / temperature [n]), and their log-probabilities [n] float32, nats.
+
+    First the block of tokens that the uniform falls into, then the token: a running sum over blocks and over one block, not over all.
+    """
     scaled = logits.float() / temperature[:, None]
     scaled -= scaled.amax(dim=-1, keepdim=True)
-    # Summed in float64: a float32 sum over 50,000 tokens is off by more than the rarest token's share.
-    cumulative = scaled.exp().cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    tokens = torch.searchsorted(cumulative, (uniform * total)[:, None], right=True).squeeze(1)
-    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, (chosen.double() - total.log()).float()
+    short = -scaled.shape[-1] % _BLOCK
+    blocks = torch.nn.functional.pad(scaled.exp(), (0, short)).unflatten(1, (-1, _BLOCK))
+    # Added up in float64: a float32 sum over 50,000 tokens is off by more than the rarest token's share.
+    ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = ends[:, -1]
+    wanted = (uniform * total)[:, None]
+    block = torch.searchsorted(ends, wanted, right=True).clamp_(max=ends.shape[1] - 1)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    token = block * _BLOCK + torch.searchsorted(inside, wanted - before, right=True).clamp_(max=_BLOCK - 1)
+    token = token.clamp_(max=logits.shape[-1] - 1)
+    return token.squeeze(1), (scaled.gather(1, token).squeeze(1).double() - total.log()).float()

@@ -222,11 +222,11 @@ def test_i_ppo_4_advantages_are_the_sums_of_the_paper(
         ppo._critic.head.requires_grad_(False).weight.zero_()
     batch = scored(ppo, config)
     experience, _ = ppo._prepare(batch)
-    ids, mask = batch.rollout.batch.ids, batch.rollout.batch.loss_mask
+    mask = batch.rollout.batch.loss_mask
     # A value belongs to the state that its token is drawn from: the token before it.
     values = torch.zeros(mask.shape)
     with torch.no_grad():
-        values[:, 1:] = ppo._critic(ids)[:, :-1]
+        values[:, 1:] = ppo._critic(batch.rollout.batch)[:, :-1]
     rewards = token_rewards(ppo, batch)
     assert torch.allclose(experience.old_values[mask], values[mask], rtol=0.0, atol=1e-5)
     advantages = torch.where(mask, experience.returns - experience.old_values, 0.0).double()

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from alignkit.data.codec import TemplateCodec
 from alignkit.data.collate import collate, pack
 from alignkit.interfaces import TokenBatch
+from alignkit.models.attention import lay_out
 from alignkit.models.causal_lm import CausalPolicy, load, make_codec
 from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.ops.logprobs import token_logprobs
@@ -208,7 +209,9 @@ def test_i_sft_4_nothing_is_learnt_where_nothing_is_marked(architecture: Archite
     policy.module.base_model.register_forward_hook(lambda model, inputs, output: seen.append(output.last_hidden_state))
     loss = nll_loss(policy.score_tokens(batch).logprobs, batch.loss_mask, tokens_in_step=int(batch.loss_mask.sum()))
     (slope,) = torch.autograd.grad(loss, seen)
-    assert torch.equal((slope != 0.0).any(dim=-1), predicting)
+    layout = lay_out(batch)
+    in_line = torch.zeros(len(layout.tokens), dtype=torch.bool).index_fill(0, layout.line[predicting], True)
+    assert torch.equal((slope[0] != 0.0).any(dim=-1), in_line)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -154,7 +154,7 @@ def test_i_rm_4_one_forward_a_response(tmp_path: Path, monkeypatch: pytest.Monke
     optimizer.update(rows)  # the first step also looks whether padding changes a score
     seen: list[int] = []
     original = type(optimizer._model).forward
-    monkeypatch.setattr(type(optimizer._model), "forward", lambda self, ids: seen.append(len(ids)) or original(self, ids))
+    monkeypatch.setattr(type(optimizer._model), "forward", lambda self, batch: seen.append(len(batch.ids)) or original(self, batch))
     optimizer.update(rows)
     assert sum(seen) == 3 * 4
 

@@ -28,9 +28,10 @@ def drain(decoder: Decoder) -> dict[int, list[Event]]:
 
 
 def alone(policy: CausalPolicy, asked: Request) -> list[Event]:
-    decoder = Decoder(policy.module, max_rows=1)
-    number = decoder.add(asked)
-    return drain(decoder)[number]
+    with policy.decoding() as model:
+        decoder = Decoder(model, max_rows=1)
+        number = decoder.add(asked)
+        return drain(decoder)[number]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -39,20 +40,22 @@ def test_a_response_is_the_same_alone_and_in_a_crowd_that_comes_and_goes(archite
     asked = [request(policy, i, length=3 + 5 * (i % 4)) for i in range(12)]
     expected = [[(e.token, e.finished) for e in alone(policy, one)] for one in asked]
 
-    decoder, order = Decoder(policy.module, max_rows=5), random.Random(1)
+    order = random.Random(1)
     numbers: dict[int, int] = {}
     drawn: dict[int, list[Event]] = {}
     waiting = list(range(len(asked)))
     order.shuffle(waiting)
     cancelled = {3, 8}
-    while waiting or decoder.busy:
-        for i in [waiting.pop() for _ in range(min(len(waiting), order.randrange(3)))]:
-            numbers[decoder.add(asked[i])] = i
-        for event in decoder.step():
-            drawn.setdefault(numbers[event.request], []).append(event)
-        for number, i in numbers.items():
-            if i in cancelled and len(drawn.get(i, ())) >= 2:
-                decoder.cancel(number)
+    with policy.decoding() as model:
+        decoder = Decoder(model, max_rows=5)
+        while waiting or decoder.busy:
+            for i in [waiting.pop() for _ in range(min(len(waiting), order.randrange(3)))]:
+                numbers[decoder.add(asked[i])] = i
+            for event in decoder.step():
+                drawn.setdefault(numbers[event.request], []).append(event)
+            for number, i in numbers.items():
+                if i in cancelled and len(drawn.get(i, ())) >= 2:
+                    decoder.cancel(number)
     for i, want in enumerate(expected):
         got = [(e.token, e.finished) for e in drawn[i]]
         assert got == want[: len(got)]
@@ -64,11 +67,12 @@ def test_each_row_obeys_its_own_length_temperature_and_stop_ids() -> None:
     base = request(policy, 1, length=20)
     endless = Request(base.ids, 20, 1.0, (), base.noise_key)
     stop = alone(policy, endless)[4].token
-    decoder = Decoder(policy.module, max_rows=8)
-    short = decoder.add(Request(base.ids, 2, 1.0, (), base.noise_key))
-    stopped = decoder.add(Request(base.ids, 20, 1.0, (stop,), base.noise_key))
-    cold = decoder.add(Request(base.ids, 6, 1e-4, (), base.noise_key))
-    events = drain(decoder)
+    with policy.decoding() as model:
+        decoder = Decoder(model, max_rows=8)
+        short = decoder.add(Request(base.ids, 2, 1.0, (), base.noise_key))
+        stopped = decoder.add(Request(base.ids, 20, 1.0, (stop,), base.noise_key))
+        cold = decoder.add(Request(base.ids, 6, 1e-4, (), base.noise_key))
+        events = drain(decoder)
     assert len(events[short]) == 2
     assert events[short][-1].finished == "length"
     assert events[stopped][-1].token == stop

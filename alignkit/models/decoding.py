@@ -1,0 +1,149 @@
+"""Forwards for generation: without gradients, with weights that were cast and repacked once, for tokens in line.
+
+Any architecture runs through its own transformers forward. The Llama family, to which most small models belong, has one of its own here:
+a decoding step has so little to compute that calling it is a large part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.models.attention import Attention, run
+from alignkit.models.kernels import Product, product
+
+
+class Decoding(Protocol):
+    """A model to generate with."""
+
+    layers: int
+    device: torch.device
+
+    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n v] of the tokens that follow."""
+
+
+@contextmanager
+def decoding(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Decoding]:
+    """Within, generation with ``weights`` (a state dict of the plain model, adapters merged), products in ``dtype``."""
+    if type(model) in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) and model.config.hidden_act == "silu":
+        yield LlamaDecoding(model, weights, dtype)
+    else:
+        with _prepared_layers(model, weights, dtype):
+            yield AnyDecoding(model)
+
+
+class AnyDecoding:
+    """Through the forward of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.layers: int = model.config.num_hidden_layers
+        self.device: torch.device = next(model.parameters()).device
+
+    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Last hidden states [n d]."""
+        return run(self._model, ids, positions, attention)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n v]."""
+        logits: Tensor = self._model.get_output_embeddings()(hidden)
+        return logits
+
+
+@contextmanager
+def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Within, the linear layers of ``model`` compute with prepared ``weights``; other layers are left as they are."""
+    changed = []
+    try:
+        for name, part in model.named_modules():
+            base = getattr(part, "base_layer", part)  # peft puts the layer that it adapts there
+            if isinstance(base, nn.Linear | Conv1D) and not name.endswith(".base_layer") and ".lora_" not in name:
+                weight = weights[f"{name}.weight"]
+                # GPT-2 keeps its weights transposed.
+                part.forward = product(weight.t() if isinstance(base, Conv1D) else weight, base.bias, dtype)  # type: ignore[method-assign]
+                changed.append(part)
+        yield
+    finally:
+        for part in changed:
+            del part.forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The products of a layer. ``qkv`` is query, key and value at once, with the scale of attention in the query's weights (rotation keeps
+    lengths), ``gate_up`` likewise; the weights of the norms before them are in theirs.
+    """
+
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    window: int | None
+
+
+class LlamaDecoding:
+    """Llama, Mistral and Qwen2 (Touvron et al. 2023): the same numbers as transformers' forward, in a third of the calls."""
+
+    def __init__(self, model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        config, base = model.config, model.model
+        self.layers: int = config.num_hidden_layers
+        self.device: torch.device = base.embed_tokens.weight.device
+        self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
+        self._rotary, self._epsilon = base.rotary_emb, config.rms_norm_eps
+        self._embedding, self._norm = base.embed_tokens.weight.detach(), base.norm.weight.detach()
+
+        def joined(names: Sequence[str], scales: Sequence[float] = (1.0,), norm: str | None = None) -> Product:
+            parts = [weights[f"{name}.weight"] * scale for name, scale in zip(names, scales, strict=True)]
+            biases = [weights[f"{name}.bias"] * scale for name, scale in zip(names, scales, strict=True) if f"{name}.bias" in weights]
+            weight = torch.cat(parts) * weights[f"{norm}.weight"] if norm else torch.cat(parts)
+            return product(weight, torch.cat(biases) if biases else None, dtype)
+
+        self._layers = []
+        for i, layer in enumerate(base.layers):
+            at = f"model.layers.{i}"
+            attention = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
+            self._layers.append(
+                _Layer(
+                    qkv=joined(attention, (layer.self_attn.scaling, 1.0, 1.0), norm=f"{at}.input_layernorm"),
+                    out=joined([f"{at}.self_attn.o_proj"]),
+                    gate_up=joined([f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], (1.0, 1.0), norm=f"{at}.post_attention_layernorm"),
+                    down=joined([f"{at}.mlp.down_proj"]),
+                    window=getattr(layer.self_attn, "sliding_window", None),
+                )
+            )
+        self._head = joined(["lm_head"])
+
+    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Last hidden states [n d]."""
+        x = self._embedding[ids]
+        cos, sin = (angle[0, :, None] for angle in self._rotary(x[None], positions[None]))
+        half = cos.shape[-1] // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        queries, keys = self._heads, self._heads + self._key_heads
+        for number, layer in enumerate(self._layers):
+            qkv = layer.qkv(self._normed(x)).unflatten(1, (-1, 2 * half))
+            qk = qkv[:, :keys]
+            qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin)
+            gathered = attention.attend(number, qk[:, :queries], qk[:, queries:], qkv[:, keys:], 1.0, layer.window)
+            x = layer.out(gathered.flatten(1)) + x
+            gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
+            x = layer.down(nn.functional.silu(gate).mul_(up)) + x
+        return self._normed(x) * self._norm
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n v]."""
+        return self._head(hidden)

@@ -1,0 +1,153 @@
+"""Matrix products on this machine: of the ways that give the same numbers, the one that was fastest when it was tried.
+
+Which is fastest differs between processors by a factor of two, and no flag of the processor tells. ``probe`` tries for a fraction of a
+second; a run keeps what was found in ``run.json`` and goes on with it, since another way would round differently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Product = Callable[[Tensor], Tensor]
+"""From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
+
+_MARGIN = 1.05
+"""What is not the plain way must be faster by this much: a coin's toss is not worth another rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """``linear``: float32 products of many rows, with gradients. ``decode``: of few rows, the weight repacked once and used many times.
+    ``bfloat16``: whether products in bfloat16 are faster than in float32.
+    """
+
+    linear: Literal["torch", "onednn"] = "torch"
+    decode: Literal["torch", "packed"] = "torch"
+    bfloat16: bool = False
+
+
+_chosen: Kernels | None = None
+
+
+def use(kernels: Kernels) -> None:
+    """Compute in this process as ``kernels`` says, as ``torch.set_num_threads`` is for the process."""
+    global _chosen
+    _chosen = kernels
+
+
+def chosen() -> Kernels:
+    """What this process computes with; the first call tries what is fastest, unless ``use`` came before."""
+    if _chosen is None:
+        use(probe())
+    assert _chosen is not None
+    return _chosen
+
+
+@torch.inference_mode()
+def probe() -> Kernels:
+    """Try the ways of multiplying on this machine, for less than half a second."""
+    if torch.cuda.is_available():
+        return Kernels(bfloat16=torch.cuda.is_bf16_supported())
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1536, 576, generator=generator)
+    many, few = torch.randn(512, 576, generator=generator), torch.randn(16, 576, generator=generator)
+    plain = _seconds(lambda: nn.functional.linear(many, weight))
+    brief = many.bfloat16(), weight.bfloat16()
+    bfloat16 = plain > _MARGIN * _seconds(lambda: nn.functional.linear(*brief))
+    if not _has_onednn(many, weight):
+        return Kernels(bfloat16=bfloat16)
+    onednn = plain > _MARGIN * _seconds(lambda: _onednn(many, weight, None))
+    # As in decoding, where every weight comes from memory: more of them than a cache holds.
+    weights = [weight + i for i in range(24)]
+    packed = [_packed(each) for each in weights]
+    unpacked = _seconds(lambda: [nn.functional.linear(few, each) for each in weights])
+    decode = unpacked > _MARGIN * _seconds(lambda: [_onednn(few, each, None) for each in packed])
+    return Kernels("onednn" if onednn else "torch", "packed" if decode else "torch", bfloat16)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The fastest of several goes."""
+    work()
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _has_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's products, which torch does not export, are there and right."""
+    want = nn.functional.linear(x, weight)
+    try:
+        found = [_onednn(x, weight, None), _onednn(x, _packed(weight), None)]
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return all(torch.allclose(one, want, rtol=1e-4, atol=1e-4) for one in found)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with oneDNN; ``weight`` [v d] plain or from ``_packed``."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """``weight`` [v d] in the order in which oneDNN reads it when there are few rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    return packed
+
+
+class _OneDNNProduct(torch.autograd.Function):
+    """Linear layer whose three products all go through oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (
+            _onednn(grad.contiguous(), weight.t(), None) if wants_x else None,
+            _onednn(flat.t(), rows.t(), None) if wants_weight else None,
+            flat.sum(dim=0) if wants_bias else None,
+        )
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer that multiplies with oneDNN."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x @ weight.T + bias."""
+        if torch.is_autocast_enabled(input.device.type) or input.dtype != torch.float32:
+            return super().forward(input)
+        out: Tensor = _OneDNNProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return out
+
+
+def install(model: nn.Module) -> None:
+    """Let the linear layers of a float32 model on the CPU compute as was chosen."""
+    if chosen().linear == "onednn":
+        for part in model.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = OneDNNLinear
+
+
+def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
+    """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
+    weight = weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    if weight.device.type == "cpu" and chosen().decode == "packed":
+        packed = _packed(weight)
+        return lambda x: _onednn(x.to(dtype), packed, bias)
+    return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
