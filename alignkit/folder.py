@@ -41,6 +41,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def choices_of(folder: Path) -> Mapping[str, Any]:
+    """What the run in ``folder`` found to be fastest when it began; nothing where there is no run yet."""
+    try:
+        found: Mapping[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["choices"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # ``claim`` says what is wrong with it
+    return found
+
+
 def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mapping[str, Any]) -> None:
     """Write ``run.json``, or check that the folder is this config's. Raises ``RunError`` with the differences."""
     path = folder / "run.json"

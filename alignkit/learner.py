@@ -31,6 +31,7 @@ class Learner:
         self._config = config
         self._steps = steps
         self._step = 0
+        self._full: dict[str, Tensor] = {}
         self._adam = torch.optim.AdamW(
             [{"params": list(group.values()), "peak": peak} for peak, group in _by_peak(self._weights, config, peaks or {}).items()],
             lr=config.learning_rate,
@@ -53,7 +54,7 @@ class Learner:
             loss.backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.clip_norm))
+        norm = self._clip()
         if not math.isfinite(norm):
             self._adam.zero_grad()
             raise RunError(
@@ -68,6 +69,20 @@ class Learner:
         self._adam.zero_grad()
         self._step += 1
         return {**totals, "optimizer/grad_norm": norm, "optimizer/learning_rate": config.learning_rate * factor}
+
+    def _clip(self) -> float:
+        """Scale the gradient to at most ``clip_norm``; returns the norm it had."""
+        for name, weight in self._weights.items():
+            if weight.grad is not None and weight.grad.is_sparse:
+                # Of an embedding: zeros but for the rows of its batch's tokens. The matrix is kept, since making it anew costs more than
+                # filling it.
+                full = self._full.setdefault(name, torch.empty_like(weight))
+                weight.grad = full.zero_().add_(weight.grad)
+        grads = [weight.grad for weight in self._weights.values() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if norm > self._config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._weights.values(), self._config.clip_norm, torch.tensor(norm))
+        return norm
 
     def skip(self, steps: int) -> None:
         """Let the learning rate go on as if ``steps`` steps had been taken."""

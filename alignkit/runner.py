@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from alignkit.config import LoadedConfig, load_config
 from alignkit.errors import AlignkitError, Interrupted, RunError
-from alignkit.folder import claim, locked, set_aside
+from alignkit.folder import choices_of, claim, locked, set_aside
 from alignkit.interrupt import stop_on_signal
 from alignkit.registry import Registry, find_plugins
 from alignkit.tracking import EventLog, Terminal, quiet_libraries
@@ -40,14 +41,19 @@ def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool
 def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Terminal) -> None:
     import torch
 
-    from alignkit.models.causal_lm import pick_device, resolve_precision
+    from alignkit.models import kernels
+    from alignkit.models.causal_lm import pick_device
     from alignkit.report import summary_table, write_report
     from alignkit.stage import StageRunner
 
     run = loaded.run
     if run.threads:
         torch.set_num_threads(run.threads)
-    choices = {"threads": torch.get_num_threads(), "device": str(pick_device()), "auto_precision": resolve_precision("auto")}
+    device = str(pick_device())
+    # Another way of multiplying would round differently: a run goes on with the one it began with, where it goes on on the same device.
+    before = choices_of(folder)
+    kernels.use(kernels.Kernels(**before["kernels"]) if before.get("device") == device and "kernels" in before else kernels.probe())
+    choices = {"threads": torch.get_num_threads(), "device": device, "kernels": asdict(kernels.chosen())}
     claim(folder, loaded, registry, choices)
     events = EventLog(folder / "events.jsonl")
     trackers = [registry.tracker(chosen.kind).build(chosen.config, folder) for chosen in run.trackers]

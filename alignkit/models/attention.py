@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -53,15 +53,15 @@ class Layout:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Each token sees those before it in its row. Padding stands behind every real token, so that causality alone keeps it out."""
         width = self.rows.shape[1]
-        in_rows = [x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape).transpose(1, 2) for x in (query, key, value)]
+        q, k, v = (x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape).transpose(1, 2) for x in (query, key, value))
         mask = None if window is None or window >= width else _band(width, window, query.device)
         on_cpu = query.device.type == "cpu"
         if on_cpu:
             # In bfloat16 the backward pass of the CPU's attention takes several times as long as in float32.
-            in_rows = [x.float() for x in in_rows]
+            q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
-                *in_rows, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )
         return out.to(query.dtype).transpose(1, 2).flatten(0, 1).index_select(0, self.first)
 
@@ -123,21 +123,56 @@ def lay_out(batch: TokenBatch) -> Layout:
     return Layout(places.flatten()[first], first % shape[1], rows, first, line.view(count, width))
 
 
-def run(model: Any, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-    """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]."""
+def run(model: Any, ids: Tensor, positions: Tensor, attention: Attention, embedding: Tensor | None = None) -> Tensor:
+    """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]; ``embedding``: weights in the place of the model's own."""
     passed_through = ids.new_zeros(1, 1, 1, 1)  # transformers makes no mask where it is given one of four dimensions
     out = model.base_model(
-        input_ids=ids[None], position_ids=positions[None], attention_mask=passed_through, use_cache=False, alignkit_attention=attention
+        inputs_embeds=_embedded(model.get_input_embeddings(), ids, embedding)[None],
+        position_ids=positions[None],
+        attention_mask=passed_through,
+        use_cache=False,
+        alignkit_attention=attention,
     )
     states: Tensor = out.last_hidden_state[0]
     return states
 
 
-def hidden_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def _embedded(layer: Any, ids: Tensor, weight: Tensor | None) -> Tensor:
+    """Embeddings [n d]. The gradient of a large one is sparse: but for the batch's tokens it is zeros, which take longer to write than a
+    layer takes to compute."""
+    if type(layer) is not nn.Embedding:
+        out: Tensor = layer(ids)
+        return out
+    return nn.functional.embedding(ids, layer.weight if weight is None else weight, layer.padding_idx, sparse=True)
+
+
+def hidden_states(model: Any, batch: TokenBatch, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Last hidden states [n d] of a batch's tokens in line, and where in it each place of the batch [b t] is found."""
     device = next(model.parameters()).device
     layout = lay_out(batch).to(device)
-    return run(model, batch.ids.to(device).flatten()[layout.tokens], layout.positions, layout), layout.line
+    return run(model, batch.ids.to(device).flatten()[layout.tokens], layout.positions, layout, embedding), layout.line
+
+
+class _Shared(torch.autograd.Function):
+    """A weight that is both embedding and head, once for each: of the two gradients, the sparse one is put into the other."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        sparse, dense = grads
+        return dense.add_(sparse)
+
+
+def embedding_and_head(model: Any) -> tuple[Tensor, Tensor]:
+    """The weights of both; the gradients that they get become one without a second matrix of that size, where they are one weight."""
+    layer, weight = model.get_input_embeddings(), model.get_output_embeddings().weight
+    if type(layer) is nn.Embedding and layer.weight is weight and weight.requires_grad and torch.is_grad_enabled():
+        as_embedding, as_head = _Shared.apply(weight)  # type: ignore[no-untyped-call]
+        return as_embedding, as_head
+    return layer.weight, weight
 
 
 def prepare(model: Any) -> None:
@@ -165,8 +200,8 @@ def _attention(
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if beyond:
         raise ModelError(f"{type(module).__name__} needs attention with {', '.join(beyond)}, which alignkit does not compute")
-    line = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention.attend(module.layer_idx, *line, options.get("scaling"), options.get("sliding_window"))[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention.attend(module.layer_idx, query, key, value, options.get("scaling"), options.get("sliding_window"))[None], None
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

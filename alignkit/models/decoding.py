@@ -71,7 +71,7 @@ def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: tor
             if isinstance(base, nn.Linear | Conv1D) and not name.endswith(".base_layer") and ".lora_" not in name:
                 weight = weights[f"{name}.weight"]
                 # GPT-2 keeps its weights transposed.
-                part.forward = product(weight.t() if isinstance(base, Conv1D) else weight, base.bias, dtype)  # type: ignore[method-assign]
+                part.forward = product(weight.t() if isinstance(base, Conv1D) else weight, base.bias, dtype)
                 changed.append(part)
         yield
     finally:
@@ -139,7 +139,8 @@ class LlamaDecoding:
             x = layer.out(gathered.flatten(1)) + x
             gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
             x = layer.down(nn.functional.silu(gate).mul_(up)) + x
-        return self._normed(x) * self._norm
+        states: Tensor = self._normed(x) * self._norm
+        return states
 
     def _normed(self, x: Tensor) -> Tensor:
         return x * x.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()

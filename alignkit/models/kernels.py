@@ -7,7 +7,7 @@ second; a run keeps what was found in ``run.json`` and goes on with it, since an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 Product = Callable[[Tensor], Tensor]
 """From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
 
-_MARGIN = 1.05
-"""What is not the plain way must be faster by this much: a coin's toss is not worth another rounding."""
+_CLEARLY = 1.25
+"""What is chosen must not hang on a measurement's noise: the same run would round differently the next day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,25 @@ def probe() -> Kernels:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1536, 576, generator=generator)
     many, few = torch.randn(512, 576, generator=generator), torch.randn(16, 576, generator=generator)
-    plain = _seconds(lambda: nn.functional.linear(many, weight))
-    brief = many.bfloat16(), weight.bfloat16()
-    bfloat16 = plain > _MARGIN * _seconds(lambda: nn.functional.linear(*brief))
+    slope = torch.randn(512, 1536, generator=generator)
+
+    # x, the gradient to it and that to the weight: what a training step is made of.
+    factors = (many, weight), (slope, weight.t()), (slope.t(), many.t())
+
+    def multiply(by: Callable[[Tensor, Tensor], Tensor], pairs: Sequence[tuple[Tensor, Tensor]] = factors) -> float:
+        return _seconds(lambda: [by(left, right) for left, right in pairs])
+
+    plain = multiply(nn.functional.linear)
+    bfloat16 = plain > _CLEARLY * multiply(nn.functional.linear, [(left.bfloat16(), right.bfloat16()) for left, right in factors])
     if not _has_onednn(many, weight):
         return Kernels(bfloat16=bfloat16)
-    onednn = plain > _MARGIN * _seconds(lambda: _onednn(many, weight, None))
+    onednn = plain > _CLEARLY * multiply(_onednn)
     # As in decoding, where every weight comes from memory: more of them than a cache holds.
     weights = [weight + i for i in range(24)]
     packed = [_packed(each) for each in weights]
     unpacked = _seconds(lambda: [nn.functional.linear(few, each) for each in weights])
-    decode = unpacked > _MARGIN * _seconds(lambda: [_onednn(few, each, None) for each in packed])
+    # The other way round: packed is the faster one wherever oneDNN is any good at it, though not by so much everywhere.
+    decode = _CLEARLY * unpacked > _seconds(lambda: [_onednn(few, each) for each in packed])
     return Kernels("onednn" if onednn else "torch", "packed" if decode else "torch", bfloat16)
 
 
@@ -92,7 +100,7 @@ def _has_onednn(x: Tensor, weight: Tensor) -> bool:
     return all(torch.allclose(one, want, rtol=1e-4, atol=1e-4) for one in found)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias with oneDNN; ``weight`` [v d] plain or from ``_packed``."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
@@ -118,7 +126,7 @@ class _OneDNNProduct(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
-            _onednn(grad.contiguous(), weight.t(), None) if wants_x else None,
+            _onednn(flat, weight.t(), None).view(x.shape) if wants_x else None,
             _onednn(flat.t(), rows.t(), None) if wants_weight else None,
             flat.sum(dim=0) if wants_bias else None,
         )

@@ -50,8 +50,9 @@ class _Selective(torch.autograd.Function):
     """The gradient of a log-probability to its logits is one-hot - softmax, over the temperature; that of an entropy is
     softmax * (mean logit - logit).
 
-    A trained head needs them again in the backward pass, from logits that are made again. A frozen head needs them only to reach the
-    hidden states, where they are known but for a factor of each row; so they are taken there at once, and the backward pass multiplies.
+    A trained head needs them again in the backward pass: where all rows are one chunk they are kept, else made again. A frozen head needs
+    them only to reach the hidden states, where they are known but for a factor of each row; so they are taken there at once, and the
+    backward pass multiplies.
     """
 
     @staticmethod
@@ -64,20 +65,23 @@ class _Selective(torch.autograd.Function):
         entropy_slopes = torch.empty_like(hidden) if at_once and entropy_gradient else None
         logprobs = torch.empty(tokens.shape, dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         entropies = torch.empty_like(logprobs)
-        for rows in _chunks(len(tokens), len(weight)):
+        chunks = list(_chunks(len(tokens), len(weight)))
+        kept: tuple[Tensor | None, Tensor | None] = None, None
+        for rows in chunks:
             scaled = _logits(hidden[rows], weight, bias, temperature)
             mass = scaled.exp()
             total = mass.sum(dim=-1)
             logprobs[rows] = scaled.gather(1, tokens[rows, None]).squeeze(1) - total.log()
-            if entropy_slopes is not None:
-                slope = _entropy_slope(scaled, mass / total[:, None])
-                entropy_slopes[rows] = _project(slope, weight, hidden.dtype) / temperature
             # H = log Z - E[logit]: no tensor of log-probabilities.
-            entropies[rows] = total.log() - scaled.mul_(mass).sum(dim=-1) / total
+            entropies[rows] = total.log() - torch.linalg.vecdot(scaled, mass) / total
+            softmax = mass.div_(total[:, None]) if any(ctx.needs_input_grad[:3]) else mass
+            if entropy_slopes is not None:
+                entropy_slopes[rows] = _project(_entropy_slope(scaled, softmax), weight, hidden.dtype) / temperature
             if slopes is not None:
-                slope = _slope(mass.div_(total[:, None]), tokens[rows])
-                slopes[rows] = _project(slope, weight, hidden.dtype) / temperature
-        ctx.save_for_backward(hidden, weight, bias, tokens, slopes, entropy_slopes)
+                slopes[rows] = _project(_slope(softmax, tokens[rows]), weight, hidden.dtype) / temperature
+            elif any(wants_head) and len(chunks) == 1:
+                kept = softmax, scaled if entropy_gradient else None
+        ctx.save_for_backward(hidden, weight, bias, tokens, slopes, entropy_slopes, *kept)
         ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
@@ -86,7 +90,7 @@ class _Selective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, slopes, entropy_slopes = ctx.saved_tensors
+        hidden, weight, bias, tokens, slopes, entropy_slopes, softmax, scaled = ctx.saved_tensors
         if slopes is not None:
             grad = slopes * grads[0][:, None]
             if entropy_slopes is not None:
@@ -94,23 +98,29 @@ class _Selective(torch.autograd.Function):
             return grad.to(hidden.dtype), None, None, None, None, None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if wants_bias else None
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
         with torch.autocast(hidden.device.type, ctx.autocast, enabled=ctx.autocast is not None):
             for rows in _chunks(len(tokens), len(weight)):
-                scaled = _logits(hidden[rows], weight, bias, ctx.temperature)
-                softmax = torch.softmax(scaled, dim=-1)
-                of_entropy = _entropy_slope(scaled, softmax) if ctx.entropy_gradient else None
-                grad = _slope(softmax, tokens[rows]).mul_(grads[0][rows, None] / ctx.temperature)
-                if of_entropy is not None:
-                    grad += of_entropy.mul_(grads[1][rows, None] / ctx.temperature)
+                if softmax is None:
+                    part = _logits(hidden[rows], weight, bias, ctx.temperature)
+                    chances = torch.softmax(part, dim=-1)
+                else:
+                    part, chances = scaled, softmax
+                factor = grads[0][rows, None] / ctx.temperature
+                grad = (chances * -factor).scatter_add_(1, tokens[rows, None], factor)
+                if ctx.entropy_gradient:
+                    grad += _entropy_slope(part, chances).mul_(grads[1][rows, None] / ctx.temperature)
                 if grad_hidden is not None:
                     grad_hidden[rows] = _project(grad, weight, hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += (grad.to(hidden.dtype).T @ hidden[rows]).to(weight.dtype)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0).to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+                if wants_weight:
+                    grad_weight = _added(grad_weight, grad.to(hidden.dtype).T, hidden[rows], weight.dtype)
+                if wants_bias:
+                    grad_bias = grad.sum(dim=0) if grad_bias is None else grad_bias + grad.sum(dim=0)
+        if not len(tokens):
+            grad_weight = torch.zeros_like(weight) if wants_weight else None
+            grad_bias = torch.zeros_like(bias) if wants_bias else None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -122,6 +132,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     """Logits / temperature, each row less its largest: so small log-probabilities keep their digits."""
     scaled = _wide(torch.nn.functional.linear(hidden, weight, bias)) / temperature
     return scaled.sub_(scaled.amax(dim=-1, keepdim=True))
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, in place where it can be: for a head this is a large matrix, and each pass over it is felt."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
 
 
 def _slope(softmax: Tensor, tokens: Tensor) -> Tensor:

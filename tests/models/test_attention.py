@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from alignkit.data.collate import collate, pack
 from alignkit.errors import ModelError
+from alignkit.interfaces import TokenBatch
 from alignkit.models.attention import hidden_states, lay_out, prepare
 from alignkit.types import TokenRow
 from tests.fakes import ARCHITECTURES
@@ -77,11 +78,13 @@ def test_gradients_are_those_of_the_rows_by_themselves(architecture: Architectur
     policy = vivid_policy(architecture)
     texts = [[5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6], [9, 9, 9, 9, 9, 9]]
     batch = collate([row(*text) for text in texts])
-    together = torch.autograd.grad(policy.score_tokens(batch).logprobs.sum(), list(policy.module.parameters()))
-    alone = torch.autograd.grad(
-        sum((policy.score_tokens(collate([row(*text)])).logprobs.sum() for text in texts), torch.zeros(())),
-        list(policy.module.parameters()),
-    )
+    weights = list(policy.module.parameters())
+
+    def gradients(batches: list[TokenBatch]) -> list[Tensor]:
+        loss = sum((policy.score_tokens(batch).logprobs.sum() for batch in batches), torch.zeros(()))
+        return [grad.to_dense() for grad in torch.autograd.grad(loss, weights)]
+
+    together, alone = gradients([batch]), gradients([collate([row(*text)]) for text in texts])
     for found, wanted in zip(together, alone, strict=True):
         assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max().clamp(min=1.0)))
 
