@@ -18,6 +18,9 @@ class TuningConfig:
     rank: int = setting(16, "rank of the adapters", at_least=1)
     alpha: float = setting(32.0, "the adapters' output is scaled by alpha / rank", above=0.0)
     top_layers: int = setting(0, "adapters on this many layers nearest the output only; 0: on all", at_least=0)
+    activation_checkpointing: bool = setting(
+        False, "compute each layer again in the backward pass instead of keeping what it needs: less memory, about a third more time"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
