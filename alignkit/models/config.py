@@ -29,7 +29,7 @@ class CausalLMConfig:
 
     model: str = setting(doc="a folder, a hub id, a .gguf file, or package:NAME/PATH for a file inside an installed Python package")
     tuning: TuningConfig = setting(TuningConfig(), "which weights are trained")
-    precision: Precision = setting("auto", "of the arithmetic; masters are always float32. auto: bfloat16 where the processor has it")
+    precision: Precision = setting("auto", "of the arithmetic; masters are always float32. auto: bfloat16 where it is found to be faster")
     chat_template: str | None = setting(None, "none: the tokenizer's own; default: alignkit's; else a file that holds a Jinja template")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
