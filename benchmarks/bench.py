@@ -1,12 +1,12 @@
 """How fast is alignkit? The same work for it and for its peers, turn by turn, and what the machine could do at most.
 
-    make bench            everything: the 135M model and a tiny one, wall time; writes benchmarks/results.json, docs/performance.md, docs/growth.svg
-    make bench-quick      the tiny model, one thread, process CPU time; writes nothing unless told (--out)
+    make bench          everything: the 135M model and a tiny one, wall time; writes benchmarks/results.json and docs/performance.md
+    make bench-quick    the tiny model, one thread, process CPU time; writes nothing unless told (--out)
 
     python -m benchmarks.bench [--rows NAME ...] [--pairs N] [--threads N] [--peer-ppo PYTHON] [--peer-new PYTHON] [--levers]
 
-Peers run in environments of their own, made in benchmarks/.peers on the first call unless existing ones are named. Of the two or more workers
-of a row one computes at a time. It ends with 1 when the sides did not do equally much, or when alignkit's figures are not exact.
+Peers run in environments of their own, made in benchmarks/.peers on the first call unless existing ones are named. Of the workers of a
+row one computes at a time. It ends with 1 when the sides did not do equally much, or when alignkit's figures are not exact.
 """
 
 from __future__ import annotations
@@ -115,14 +115,13 @@ def run(bench: Bench, group: Group, pairs: int | None) -> tuple[list[Result], li
     """The rows of a group, and what is wrong with them."""
     names = ", ".join(row.name for row in group.rows)
     wanted = {side for row in group.rows for side in (row.side, row.peer) if side}
-    # The warm-up compares log-probabilities, which the check of a row that was not asked for does not need.
     group = replace(group, sides={name: side for name, side in group.sides.items() if name in wanted})
     group = replace(group, checked=tuple(name for name in group.checked if name in wanted))
 
     def measured() -> tuple[list[Result], list[str]]:
         first, turns = (fresh_turns if group.fresh else turns_of)(bench, group, pairs or group.pairs)
         work = {**asdict(group.work), "model": Path(group.work.model).name}
-        rows = [{**result(row, group, turns, first), "work": work, "versions": versions(first)} for row in group.rows]
+        rows = [{**result(row, group, turns, first), "work": work, **versions(first)} for row in group.rows]
         return rows, unequal(group, turns) + inexact(group, first)
 
     return guarded(names, measured)
@@ -170,9 +169,11 @@ def fresh_turns(bench: Bench, group: Group, pairs: int) -> tuple[Mapping[str, An
     return turns[0], turns
 
 
-def versions(answers: Mapping[str, Answer]) -> dict[str, str]:
-    """Of the libraries that took part."""
-    return {library: version for answer in answers.values() for library, version in answer.get("versions", {}).items()}
+def versions(answers: Mapping[str, Answer]) -> dict[str, Any]:
+    """Of the libraries that took part, and what alignkit found to be fastest."""
+    libraries = {library: version for answer in answers.values() for library, version in answer.get("versions", {}).items()}
+    kernels = next((answer["kernels"] for answer in answers.values() if "kernels" in answer), None)
+    return {"versions": libraries, "kernels": kernels}
 
 
 class Written:

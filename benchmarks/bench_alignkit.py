@@ -6,7 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from alignkit.context import Context
 from alignkit.interfaces import Rollout, ScoredRollout
 from alignkit.learner import Learner
-from alignkit.models import causal_lm
+from alignkit.models import causal_lm, kernels
 from alignkit.models.config import TuningConfig
 from alignkit.models.scalar import load_scalar
 from alignkit.registry import find_plugins
@@ -38,7 +38,7 @@ def main() -> None:
         getattr(importlib.import_module(module), name)()
     build = {"ppo": ppo, "sft": sft, "reward": reward, "generate": generate, "one_by_one": one_by_one}[told["task"]]
     step = build(Work(**told["work"]), told, CLOCKS[told["clock"]])
-    gate.facts = {"versions": {"torch": torch.__version__}}
+    gate.facts = {"versions": {"torch": torch.__version__}, "kernels": asdict(kernels.chosen())}
     serve(gate, step)
 
 
@@ -117,14 +117,13 @@ def reward(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) -> S
 
 
 def generate(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) -> Step:
-    """A rollout. ``batch`` and ``lengths`` may be other ones for a step; ``new_weights``: as after an update."""
+    """A rollout, weights prepared for it as after an update. ``batch`` and ``lengths`` may be other ones for a step."""
     policy = load_policy(work, told, True)
 
-    def step(check: bool = False, new_weights: bool = False, **other: Any) -> Mapping[str, Any]:
+    def step(check: bool = False, **other: Any) -> Mapping[str, Any]:
         now = replace(work, **other)
         prompts, lengths = prompt_rows(now.prompts()), now.response_lengths()
-        if new_weights:
-            policy.version += 1
+        policy.version += 1
         begin = clock()
         drawn = rollout(policy, prompts, lengths, step=0)
         seconds = clock() - begin
@@ -150,7 +149,8 @@ def one_by_one(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) 
 def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
     """A stage's surroundings in which every model is the work's."""
     return Context(
-        seed=work.seed, folder=Path(tempfile.mkdtemp()), registry=find_plugins(), start=None, reference=None, plan=plan, rows=(), checks=True,
+        seed=work.seed, folder=Path(tempfile.mkdtemp()), registry=find_plugins(),
+        start=None, reference=None, plan=plan, rows=(), checks=True,
         artifact=lambda stage: Path(work.model), load_policy=lambda stage, trainable: load_policy(work, told, trainable),
         load_scalar=lambda stage, trainable: load_scalar_model(work, told, trainable), say=lambda text: print(text, flush=True),
     )  # fmt: skip

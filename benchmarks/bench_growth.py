@@ -88,7 +88,7 @@ def sft_by_size(bench: Bench, models: Path) -> list[Result]:
         folder = random_model(models, name, layers=layers, hidden=hidden, vocabulary=vocabulary) if layers else real_model(models)
         work = Work(model=str(folder), batch=8, lengths="fixed", vocabulary=vocabulary)
         with running(bench, ours("sft"), work) as worker:
-            first, *turns = [worker.step() for _ in range(TURNS + 1)]
+            _, *turns = [worker.step() for _ in range(TURNS + 1)]
         rows.append(of_turns("growth_sft_size", name, parameters(folder) / 1e6, "parameters, millions", turns))
     return relative(rows)
 
@@ -99,7 +99,8 @@ def memory_of_long_rows(bench: Bench, models: Path) -> list[Result]:
     with running(bench, ours("sft"), work) as worker:
         start, turns = worker.facts(), [worker.step() for _ in range(2)]
     row = point("memory_sft_135m_b8_t512", [turns[-1]["peak_mb"]], "peak resident memory, MB")
-    note = f"{start['rss_mb']:.0f} MB of it before the first step; AdamW's moments and gradients are {12 * parameters(Path(work.model)) / 1e6:.0f} MB"
+    training = 12 * parameters(Path(work.model)) / 1e6
+    note = f"{start['rss_mb']:.0f} MB of it before the first step, {training:.0f} MB for moments and gradients"
     return [{**row, "ours": figures("alignkit", turns), "note": note}]
 
 
@@ -158,7 +159,8 @@ def point(name: str, values: Sequence[float], metric: str) -> Result:
     middle = statistics.median(values)
     empty = {"peer": "", "precision": "fp32", "must": None, "aim": None, "note": "", "theirs": None}
     return {
-        "name": name, "metric": metric, "better": "lower", "ratio": middle, "low": min(values), "high": max(values), "pairs": len(values), **empty,
+        "name": name, "metric": metric, "better": "lower", "ratio": middle, "low": min(values), "high": max(values), "pairs": len(values),
+        **empty,
     }  # fmt: skip
 
 

@@ -54,10 +54,10 @@ def machine(about: Mapping[str, Any], limits: Mapping[str, float], rows: Sequenc
 def rates(rows: Sequence[Result]) -> str:
     """By batch size and length distribution."""
     lines = [
-        [f"`{row['name']}`", number(found["ours"]), number(found["theirs"]), number(row["ratio"]), f"{number(row['low'])} to {number(row['high'])}"]
+        [f"`{row['name']}`", *map(number, (found["ours"], found["theirs"], row["ratio"])), f"{number(row['low'])} to {number(row['high'])}"]
         for row in rows
         if (found := row.get("tokens_per_second"))
-    ]  # fmt: skip
+    ]
     return markdown(["row", "ours", "HF generate, batch of 16", "ratio", "spread"], lines) if lines else ""
 
 

@@ -119,8 +119,8 @@ def ratios(rows: Sequence[Result]) -> str:
     """The table of rows that have a peer, or a bar."""
     lines = [
         [
-            f"`{row['name']}`", number(row["ratio"]), f"{number(row['low'])} to {number(row['high'])}", str(row["pairs"]), number(row["must"]),
-            number(row["aim"]), reached(row), row["peer"], row["precision"],
+            f"`{row['name']}`", number(row["ratio"]), f"{number(row['low'])} to {number(row['high'])}", str(row["pairs"]),
+            number(row["must"]), number(row["aim"]), reached(row), row["peer"], row["precision"],
         ]
         for row in rows
     ]  # fmt: skip
@@ -130,10 +130,10 @@ def ratios(rows: Sequence[Result]) -> str:
 def seconds(rows: Sequence[Result]) -> str:
     """The table of what was measured on either side."""
     lines = [
-        [f"`{row['name']}`", str(side["tokens"]), *(number(value) for pair in zip(*map(_absolute, (row["ours"], row["theirs"])), strict=True) for value in pair)]
+        [f"`{row['name']}`", str(mine["tokens"]), *(number(side[key]) for key in ("seconds", "peak_mb") for side in (mine, theirs))]
         for row in rows
-        if (side := row["ours"]) and row["theirs"]
-    ]  # fmt: skip
+        if (mine := row["ours"]) and (theirs := row["theirs"])
+    ]
     return markdown(["row", "tokens", "s, ours", "s, peer", "peak MB, ours", "peak MB, peer"], lines)
 
 
@@ -166,12 +166,11 @@ def merged(old: Sequence[Result], new: Sequence[Result]) -> list[Result]:
 
 
 def between_markers(page: str, text: str) -> str:
-    """The page with ``text`` between its markers, and what people wrote around them as it was. A page without markers gets them at its end."""
+    """The page with ``text`` between its markers, and what people wrote around them as it was.
+
+    A page without markers gets them at its end.
+    """
     if BEGIN not in page or END not in page:
         page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n".lstrip()
     before, after = page.partition(BEGIN)[0], page.partition(END)[2]
     return f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}"
-
-
-def _absolute(side: Result) -> tuple[float, float]:
-    return side["seconds"], side["peak_mb"]
