@@ -124,10 +124,13 @@ def generate(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) ->
         now = replace(work, **other)
         prompts, lengths = prompt_rows(now.prompts()), now.response_lengths()
         policy.version += 1
+        ready: list[float] = []
         begin = clock()
-        drawn = rollout(policy, prompts, lengths, step=0)
-        seconds = clock() - begin
-        return {"seconds": seconds, "tokens": int(drawn.batch.loss_mask.sum()), **(logprob_error(policy, drawn) if check else {})}
+        drawn = rollout(policy, prompts, lengths, step=0, prepared=lambda: ready.append(clock()))
+        end = clock()
+        parts = {"prepare": ready[0] - begin, "decode": end - ready[0]}
+        checked = logprob_error(policy, drawn) if check else {}
+        return {"seconds": end - begin, "parts": parts, "tokens": int(drawn.batch.loss_mask.sum()), **checked}
 
     return step
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,9 +19,15 @@ def prompt_rows(prompts: Sequence[Sequence[int]]) -> list[PromptRow]:
     return [PromptRow(Prompt(f"prompt {i}", (Message("user", ""),), plain=True), tuple(ids)) for i, ids in enumerate(prompts)]
 
 
-def rollout(policy: Policy, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int) -> Rollout:
-    """One response to each prompt, of so many tokens: what ``LocalEngine`` does, but for the end of a response."""
+def rollout(
+    policy: Policy, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int, prepared: Callable[[], None] = lambda: None
+) -> Rollout:
+    """One response to each prompt, of so many tokens: what ``LocalEngine`` does, but for the end of a response.
+
+    ``prepared`` is called when the weights are ready to generate with.
+    """
     with policy.decoding() as model:
+        prepared()
         drawn = decode(model, prompts, lengths, step=step)
     rows = [
         TokenRow(row.prompt.id, row.ids + tuple(event.token for event in events), (False,) * len(row.ids) + (True,) * len(events))

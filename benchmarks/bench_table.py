@@ -130,11 +130,14 @@ def ratios(rows: Sequence[Result]) -> str:
 def seconds(rows: Sequence[Result]) -> str:
     """The table of what was measured on either side."""
     lines = [
-        [f"`{row['name']}`", str(mine["tokens"]), *(number(side[key]) for key in ("seconds", "peak_mb") for side in (mine, theirs))]
+        [
+            f"`{row['name']}`", str(mine["tokens"]), number(mine["parts"].get("prepare")),
+            *(number(side[key]) for key in ("seconds", "peak_mb") for side in (mine, theirs)),
+        ]
         for row in rows
         if (mine := row["ours"]) and (theirs := row["theirs"])
-    ]
-    return markdown(["row", "tokens", "s, ours", "s, peer", "peak MB, ours", "peak MB, peer"], lines)
+    ]  # fmt: skip
+    return markdown(["row", "tokens or pairs", "s, preparing weights", "s, ours", "s, peer", "peak MB, ours", "peak MB, peer"], lines)
 
 
 def phases(rows: Sequence[Result]) -> str:
@@ -149,7 +152,7 @@ def phases(rows: Sequence[Result]) -> str:
             ),
         ]
         for row in rows
-        if row["theirs"] and (mine := row["ours"]["parts"]) and (theirs := row["theirs"]["parts"]) and "time" in row["metric"]
+        if "time" in row["metric"] and row["theirs"] and (mine := row["ours"]["parts"]) and (theirs := row["theirs"]["parts"])
     ]
     return markdown(["row", *(f"{name}: s, ours / peer = ratio" for name in names)], lines)
 
