@@ -183,7 +183,7 @@ def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate
     short = "fp32" if precision == "float32" else "bf16"
     note = f"{prompts} prompt{'s' * (prompts > 1)} a step, {k * (k - 1) // 2} pairs each"
     if accumulate > 1:
-        note += f"; the peer accumulates gradients over {accumulate} microbatches, since all pairs at once and the other side do not fit into 24 GB"
+        note += f"; the peer accumulates gradients over {accumulate} microbatches: all pairs at once do not fit into 24 GB beside ours"
     peer = trl("trl_reward", f"TRL {short}", autocast=precision == "bfloat16", accumulate=accumulate)
     size, vocabulary = ("tiny", 2048) if "tiny" in model else ("135m", 49152)
     return Group(

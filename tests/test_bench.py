@@ -155,9 +155,8 @@ def test_the_page_and_the_figure_are_made_of_rows() -> None:
     }  # fmt: skip
     rows = [row, point, {**point, "name": "growth_x_2", "x": 2}]
     machine = {"cpu": "A Processor", "family": "1/2/3", "flags": ["avx2"], "cores": 2, "memory_gb": 8.0, "threads": 2, "clock": "wall"}
-    limits = {
-        f"{shape}_{p}_{way}": 1.0 for shape in ("gemm", "gemm_decode") for p in ("fp32", "bf16") for way in ("gflops", "linear_gflops")
-    }
+    ways = itertools.product(("gemm", "gemm_decode"), ("fp32", "bf16"), ("gflops", "linear_gflops"))
+    limits = {"_".join(way): 1.0 for way in ways}
     text = page({"machine": {**machine, "python": "3.11"}, "limits": {**limits, "copy_gbs": 1.0, "read_gbs": 1.0}, "rows": rows})
     assert "| `some_row` | 3 |" in text
     assert "trl 1.12.0" in text
