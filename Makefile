@@ -29,10 +29,10 @@ docs: .venv/installed
 
 # About 40 minutes on two cores, without the peers' environments, which the first call makes.
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.bench
+	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench
 
 bench-quick: .venv/installed
-	$(BIN)/python -m benchmarks.bench --quick
+	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench --quick
 
 # torch goes first and alone: resolved together with the rest, pip may take another build of it.
 .venv/installed: pyproject.toml constraints.txt

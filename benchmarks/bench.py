@@ -66,12 +66,12 @@ def main() -> None:
     }
     bench = Bench(home=home, pythons=pythons, threads=threads, clock="cpu" if told.quick else "wall")
     groups = choose(told, home / "models")
-    growing = not told.quick and [name for name in GROWTH if not told.rows or name in told.rows]
+    growing = [name for name in GROWTH if (name in told.rows if told.rows else not told.quick and not told.levers)]
 
     begin, written = time.time(), Written(bench, told)
     for group in groups:
         written.add(*run(bench, group, told.pairs))
-    for name in growing or ():
+    for name in growing:
         written.add(*guarded(name, lambda name=name: measure_growth(name, bench, home / "models")))
     print(f"\n{ratios(written.rows)}\n{time.time() - begin:.0f} s in all")
     for complaint in written.complaints:

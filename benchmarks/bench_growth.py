@@ -49,7 +49,8 @@ def rollout_rates(bench: Bench, models: Path) -> list[Result]:
                 answers = [[turn[side] for turn in turns[1:]] for side in (batch, "peer")]
                 row = point(f"rollout_135m_rate_b{batch}_{lengths}", values, "our tokens/s over the peer's, which has a batch of 16")
                 sides = {"ours": figures("alignkit", answers[0]), "theirs": figures("HF generate, batch of 16", answers[1])}
-                rates = {"ours": rate(sides["ours"]), "theirs": rate(sides["theirs"])}
+                decoding = sides["ours"]["tokens"] / sides["ours"]["parts"]["decode"]
+                rates = {"ours": rate(sides["ours"]), "decoding": decoding, "theirs": rate(sides["theirs"])}
                 rows.append({**row, **sides, "better": "higher", "peer": "HF generate, batch of 16", "tokens_per_second": rates})
     return rows
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.bench_limits import shares
-from benchmarks.bench_table import Result, markdown, notes, number, phases, ratios, seconds
+from benchmarks.bench_table import Result, interval, markdown, notes, number, phases, ratios, seconds
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -33,10 +33,12 @@ def machine(about: Mapping[str, Any], limits: Mapping[str, float], rows: Sequenc
         for library, version in row.get("versions", {}).items():
             versions.setdefault(library, set()).add(version)
     libraries = ", ".join(f"{library} {' and '.join(sorted(found))}" for library, found in sorted(versions.items()))
+    found = dict.fromkeys(", ".join(f"{key}: {value}" for key, value in row["kernels"].items()) for row in rows if row.get("kernels"))
+    chosen = f" What alignkit found to be fastest when it tried: {'; or '.join(found)}." if found else ""
     clock = "wall time" if about["clock"] == "wall" else "process CPU time"
     return (
         f"{about['cpu']} (family/model/stepping {about['family']}), {about['cores']} cores, {about['memory_gb']} GB; "
-        f"{' '.join(about['flags'])}. {about['threads']} threads, {clock}. Python {about['python']}, {libraries}.\n\n"
+        f"{' '.join(about['flags'])}. {about['threads']} threads, {clock}. Python {about['python']}, {libraries}.{chosen}\n\n"
         + markdown(
             ["limit", "fp32", "bf16"],
             [
@@ -54,11 +56,11 @@ def machine(about: Mapping[str, Any], limits: Mapping[str, float], rows: Sequenc
 def rates(rows: Sequence[Result]) -> str:
     """By batch size and length distribution."""
     lines = [
-        [f"`{row['name']}`", *map(number, (found["ours"], found["theirs"], row["ratio"])), f"{number(row['low'])} to {number(row['high'])}"]
+        [f"`{row['name']}`", *(number(found[key]) for key in ("ours", "decoding", "theirs")), number(row["ratio"]), interval(row)]
         for row in rows
         if (found := row.get("tokens_per_second"))
     ]
-    return markdown(["row", "ours", "HF generate, batch of 16", "ratio", "spread"], lines) if lines else ""
+    return markdown(["row", "ours", "ours, weights once prepared", "HF generate, batch of 16", "ratio", "spread"], lines) if lines else ""
 
 
 def growth(rows: Sequence[Result]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import venv
 from pathlib import Path
@@ -26,7 +27,8 @@ def peer_python(kind: str, folder: Path) -> Path:
         print(f"making the environment of the peer: {', '.join(PEERS[kind])}", flush=True)
         venv.create(home, with_pip=True, clear=True)
         # torch first and alone: resolved together with the rest, pip may take another build of it.
-        for packages in (["torch==2.13.0"], PEERS[kind]):
+        torch = os.environ.get("TORCH", "torch==2.13.0").split()
+        for packages in (torch, PEERS[kind]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)
         (home / "installed").touch()
     return python

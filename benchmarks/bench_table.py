@@ -109,6 +109,11 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def interval(row: Result) -> str:
+    """The spread of a row."""
+    return f"{number(row['low'])} to {number(row['high'])}"
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table; columns but the first are aligned to the right."""
     rule = ["---", *("---:" for _ in header[1:])]
@@ -119,7 +124,7 @@ def ratios(rows: Sequence[Result]) -> str:
     """The table of rows that have a peer, or a bar."""
     lines = [
         [
-            f"`{row['name']}`", number(row["ratio"]), f"{number(row['low'])} to {number(row['high'])}", str(row["pairs"]),
+            f"`{row['name']}`", number(row["ratio"]), interval(row), str(row["pairs"]),
             number(row["must"]), number(row["aim"]), reached(row), row["peer"], row["precision"],
         ]
         for row in rows

@@ -1,11 +1,10 @@
-"""What both sides work on, drawn from a seed without any library, so that two environments draw the same."""
+"""What both sides work on, drawn from a seed with torch alone, which both environments have in the same version."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Lengths = Literal["fixed", "lognormal", "spread"]
 
@@ -32,24 +31,32 @@ class Work:
 
     def prompts(self) -> list[list[int]]:
         """Token ids of each prompt."""
-        draws = random.Random(f"prompts {self.seed}")
-        lengths = [self.prompt, *(draws.randint(max(1, self.prompt // 2), self.prompt) for _ in range(self.batch - 1))]
-        return [[self._token(draws) for _ in range(length)] for length in lengths]
+        import torch
+
+        draws = torch.Generator().manual_seed(self.seed)
+        lengths = torch.randint(max(1, self.prompt // 2), self.prompt + 1, (self.batch,), generator=draws)
+        lengths[0] = self.prompt
+        return [self._tokens(length, draws) for length in lengths.tolist()]
 
     def response_lengths(self) -> list[int]:
         """Tokens of each response, those of a prompt next to each other."""
+        import torch
+
         count, most = self.batch * self.k, self.response
-        draws = random.Random(f"lengths {self.seed}")
         if self.lengths == "fixed":
             return [most] * count
         if self.lengths == "spread":
             return [round(most * (0.25 + 0.75 * i / max(1, count - 1))) for i in range(count)]
-        return [min(max(int(draws.lognormvariate(0.0, 0.6) * 0.35 * most), min(4, most)), most) for _ in range(count)]
+        draws = torch.Generator().manual_seed(self.seed + 77)
+        lengths = (torch.exp(torch.randn(count, generator=draws) * 0.6) * most * 0.35).long().clamp(min(4, most), most)
+        return [int(length) for length in lengths]
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response."""
-        draws = random.Random(f"responses {self.seed}")
-        return [[self._token(draws) for _ in range(length)] for length in self.response_lengths()]
+        import torch
+
+        draws = torch.Generator().manual_seed(self.seed + 1)
+        return [self._tokens(length, draws) for length in self.response_lengths()]
 
     def demonstrations(self) -> list[tuple[list[int], list[int]]]:
         """Prompt and response."""
@@ -69,6 +76,9 @@ class Work:
         """Tokens of prompts and of responses."""
         return sum(map(len, self.prompts())), sum(self.response_lengths())
 
-    def _token(self, draws: random.Random) -> int:
+    def _tokens(self, count: int, draws: Any) -> list[int]:
+        import torch
+
         # Low ids are special tokens in most vocabularies; one of them would end a response in the peer.
-        return draws.randrange(min(1000, self.vocabulary // 2), self.vocabulary)
+        ids: list[int] = torch.randint(min(1000, self.vocabulary // 2), self.vocabulary, (count,), generator=draws).tolist()
+        return ids
