@@ -41,7 +41,6 @@ def rollout_rates(bench: Bench, models: Path) -> list[Result]:
         for lengths in ("fixed", "lognormal"):
             turns: list[dict[Any, Any]] = []
             for _ in range(TURNS + 1):
-                # Short batches are over so soon that several make one measurement.
                 turn = {batch: mine.step(batch=batch, lengths=lengths) for batch in BATCHES}
                 turns.append({**turn, "peer": theirs.step(lengths=lengths)})
             for batch in BATCHES:
@@ -51,18 +50,20 @@ def rollout_rates(bench: Bench, models: Path) -> list[Result]:
                 sides = {"ours": figures("alignkit", answers[0]), "theirs": figures("HF generate, batch of 16", answers[1])}
                 decoding = sides["ours"]["tokens"] / sides["ours"]["parts"]["decode"]
                 rates = {"ours": rate(sides["ours"]), "decoding": decoding, "theirs": rate(sides["theirs"])}
+                if lengths == "fixed":
+                    row |= {"curve": "growth_rollout_135m_batch", "axis": "responses at once", "x": batch}
                 rows.append({**row, **sides, "better": "higher", "peer": "HF generate, batch of 16", "tokens_per_second": rates})
     return rows
 
 
 def sft_by_batch(bench: Bench, models: Path) -> list[Result]:
     work = Work(model=str(real_model(models)), batch=1, lengths="fixed")
-    return curve(bench, ours("sft"), work, "growth_sft_135m_batch", "demonstrations a step", [{"batch": n} for n in (1, 2, 4, 8, 16)])
+    return curve(bench, ours("sft"), work, "growth_sft_135m_batch", "demonstrations a step", [{"batch": n} for n in (1, 4, 8, 16)])
 
 
 def sft_by_length(bench: Bench, models: Path) -> list[Result]:
     work = Work(model=str(real_model(models)), batch=4, lengths="fixed")
-    points = [{"prompt": n // 2, "response": n // 2, "seed": n} for n in (32, 64, 128, 256, 512)]
+    points = [{"prompt": n // 2, "response": n // 2, "seed": n} for n in (32, 128, 256, 512)]
     return curve(bench, ours("sft"), work, "growth_sft_135m_length", "longest sequence, tokens", points, at=lambda p: 2 * p["response"])
 
 
@@ -71,15 +72,9 @@ def reward_by_k(bench: Bench, models: Path) -> list[Result]:
     return curve(bench, ours("reward"), work, "growth_reward_135m_k", "responses of a prompt", [{"k": n} for n in (2, 4, 6, 9)])
 
 
-def rollout_by_batch(bench: Bench, models: Path) -> list[Result]:
-    work = Work(model=str(real_model(models)), batch=1, response=32, lengths="fixed")
-    points = [{"batch": n} for n in (1, 2, 4, 8, 16, 32, 64)]
-    return curve(bench, ours("generate"), work, "growth_rollout_135m_batch", "responses at once", points)
-
-
 def rollout_by_length(bench: Bench, models: Path) -> list[Result]:
     work = Work(model=str(real_model(models)), batch=16, response=16, lengths="fixed")
-    points = [{"response": n} for n in (16, 32, 64, 128)]
+    points = [{"response": n} for n in (16, 64, 128)]
     return curve(bench, ours("generate"), work, "growth_rollout_135m_length", "tokens of each response", points)
 
 
@@ -119,7 +114,6 @@ GROWTH: Mapping[str, Callable[[Bench, Path], list[Result]]] = {
     "growth_sft_135m_batch": sft_by_batch,
     "growth_sft_135m_length": sft_by_length,
     "growth_reward_135m_k": reward_by_k,
-    "growth_rollout_135m_batch": rollout_by_batch,
     "growth_rollout_135m_length": rollout_by_length,
     "growth_sft_size": sft_by_size,
     "memory_sft_135m_b8_t512": memory_of_long_rows,

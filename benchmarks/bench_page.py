@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.bench_limits import shares
-from benchmarks.bench_table import Result, interval, markdown, notes, number, phases, ratios, seconds
+from benchmarks.bench_table import Result, interval, markdown, notes, number, phases, ratios
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -65,10 +65,14 @@ def rates(rows: Sequence[Result]) -> str:
 
 def growth(rows: Sequence[Result]) -> str:
     """The points of the curves, the peak of long rows, and what is left after many iterations."""
+    firsts: dict[str, float] = {}
+    for row in rows:
+        if "curve" in row:
+            firsts.setdefault(row["curve"], row["ours"]["seconds"])
     points = [
-        [f"`{row['name']}`", number(row["x"]), number(row["ours"]["seconds"]), number(row["ratio"]), number(row["ours"]["peak_mb"])]
+        [f"`{row['name']}`", *map(number, (row["x"], taken, taken / firsts[row["curve"]], row["ours"]["peak_mb"]))]
         for row in rows
-        if "curve" in row
+        if "curve" in row and (taken := row["ours"]["seconds"])
     ]
     alone = [row for row in rows if not row["theirs"] and row["must"] is None and "curve" not in row]
     others = [[f"`{row['name']}`", number(row["ratio"]), row["metric"], row["note"]] for row in alone]
