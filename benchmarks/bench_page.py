@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.bench_limits import shares
-from benchmarks.bench_table import Result, interval, markdown, notes, number, phases, ratios
+from benchmarks.bench_table import Result, interval, markdown, notes, number, phases, ratios, seconds
 
 
 def page(results: Mapping[str, Any]) -> str:
