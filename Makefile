@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := quickstart
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs bench bench-quick clean
 
 demo: .venv/installed
 	$(BIN)/alignkit init quickstart --dir $(DEMO)
@@ -27,6 +27,13 @@ docs: .venv/installed
 	$(BIN)/python -c 'from alignkit.config import configuration_markdown; from alignkit.registry import find_plugins; \
 		print(configuration_markdown(find_plugins()), end="")' > docs/configuration.md
 
+# About 40 minutes on two cores, without the peers' environments, which the first call makes.
+bench: .venv/installed
+	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench
+
+bench-quick: .venv/installed
+	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench --quick
+
 # torch goes first and alone: resolved together with the rest, pip may take another build of it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,4 +42,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO) runs
+	rm -rf .venv $(DEMO) runs benchmarks/.peers

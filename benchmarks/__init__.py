@@ -1,0 +1,1 @@
+"""Benchmarks: scripts and what they share; nothing of it is installed."""

@@ -1,0 +1,235 @@
+"""Which work is done by whom, and which rows of the table come of it. Names of rows are stable: others refer to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from benchmarks.bench_work import Work
+
+Metric = Literal["time", "memory", "error"]
+Environment = Literal["ours", "ppo", "new"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One worker. ``python``: in whose environment; ``options``: what it is told beside the work; ``variables``: its environment's.
+
+    A lever that is on or off is two sides of alignkit: ``options={"patches": ["module:function"]}`` calls functions before anything is
+    built, ``variables`` sets environment variables.
+    """
+
+    module: str
+    python: Environment
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: ``peer``'s time over ``side``'s, or ``side``'s memory over ``peer``'s. ``peer`` None: a figure by itself."""
+
+    name: str
+    precision: str
+    metric: Metric = "time"
+    side: str = "alignkit"
+    peer: str | None = "peer"
+    must: float | None = None
+    aim: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sides that take turns on the same work. ``fresh``: new processes for each turn, where memory is measured.
+
+    ``checked``: the side whose first step also compares recorded log-probabilities with the training forward's; ``exact``: to 1e-4.
+    """
+
+    work: Work
+    sides: Mapping[str, Side]
+    rows: tuple[Row, ...]
+    pairs: int = 3
+    fresh: bool = False
+    checked: tuple[str, ...] = ()
+
+
+def ours(task: str, precision: str = "float32", label: str = "alignkit", **options: Any) -> Side:
+    """alignkit's worker."""
+    options = {"task": task, "precision": precision, **options}
+    return Side(module="benchmarks.bench_alignkit", python="ours", label=label, options=options)
+
+
+def trl_ppo(label: str = "TRL 1.12", **options: Any) -> Side:
+    """The last TRL that has a PPO."""
+    return Side(module="benchmarks.peers.trl_ppo", python="ppo", label=label, options=options)
+
+
+def trl(script: str, label: str, **options: Any) -> Side:
+    """The newest TRL."""
+    return Side(module=f"benchmarks.peers.{script}", python="new", label=label, options=options)
+
+
+def hf(chunk: int, label: str) -> Side:
+    """transformers' generate."""
+    return Side(module="benchmarks.peers.hf_generate", python="new", label=label, options={"chunk": chunk})
+
+
+BF16 = "bf16 compute, fp32 masters; peer fp32"
+REAL_PPO: dict[str, Any] = {"batch": 8, "prompt": 64, "response": 64, "epochs": 2, "minibatches": 2}
+TINY_PPO: dict[str, Any] = {"batch": 16, "prompt": 64, "response": 64, "epochs": 4, "minibatches": 4, "vocabulary": 2048}
+
+
+def real_groups(model: str) -> list[Group]:
+    """On SmolLM2-135M."""
+    ppo = Work(model=model, **REAL_PPO)
+    fixed = Work(model=model, batch=16, response=32, lengths="fixed")
+    ragged = Work(model=model, batch=64)
+    text = Work(model=model, batch=8)
+    generating = {"alignkit": ours("generate"), "bf16": ours("generate", "bfloat16", "alignkit bf16")}
+    together = Work(model=model, batch=16, response=48, lengths="spread")
+    return [
+        Group(
+            work=ppo, sides={"alignkit": ours("ppo"), "peer": trl_ppo()}, checked=("alignkit",),
+            rows=(
+                Row(name="ppo_135m_ragged_fp32", precision="fp32", must=2.2, aim=3.0),
+                Row(
+                    name="ppo_135m_memory", precision="fp32", metric="memory", must=1.0, aim=0.6,
+                    note="peak resident memory of either process, which shares nothing with the other",
+                ),
+            ),
+        ),
+        Group(
+            work=ppo, sides={"alignkit": ours("ppo", "bfloat16"), "peer": trl_ppo()}, checked=("alignkit",),
+            rows=(
+                Row(
+                    name="ppo_135m_ragged_bf16_vs_trl_fp32", precision=BF16, must=3.5, aim=5.0,
+                    note="fp32 is all that TRL's bf16 flag gives in its PPO",
+                ),
+                Row(name="ppo_135m_memory_bf16", precision=BF16, metric="memory"),
+            ),
+        ),
+        Group(
+            work=ppo, sides={"alignkit": ours("ppo", "bfloat16"), "peer": trl_ppo("TRL 1.12, bf16 weights", dtype="bfloat16")},
+            checked=("alignkit",),
+            rows=(
+                Row(
+                    name="ppo_135m_ragged_bf16_vs_trl_bf16_weights", precision="bf16 compute, fp32 masters; peer bf16 without masters",
+                    must=1.2, aim=2.0, note="other mathematics: the peer adds updates to bf16 weights",
+                ),
+            ),
+        ),
+        Group(
+            work=fixed, sides={**generating, "peer": hf(16, "HF generate, batches of 16")}, checked=("alignkit", "bf16"),
+            rows=(
+                Row(name="rollout_135m_fixed_fp32", precision="fp32", must=2.0, aim=2.5),
+                Row(name="rollout_logprob_error_fp32", precision="fp32", metric="error", peer=None, must=1e-4, aim=1e-5),
+                Row(name="rollout_135m_fixed_bf16", precision="bf16; peer fp32", side="bf16", must=3.0, aim=4.5),
+            ),
+        ),
+        Group(
+            work=ragged, sides={**generating, "peer": hf(16, "HF generate, batches of 16")}, checked=("alignkit", "bf16"),
+            rows=(
+                Row(name="rollout_135m_ragged64_fp32", precision="fp32", must=4.5, aim=7.0),
+                Row(name="rollout_135m_ragged64_bf16", precision="bf16; peer fp32", side="bf16"),
+            ),
+        ),
+        Group(
+            work=together,
+            sides={**generating, "alone": ours("one_by_one", label="alignkit, one by one"), "peer": hf(1, "HF generate, one by one")},
+            rows=(
+                Row(name="concurrent16_135m", precision="fp32", must=6.0, aim=12.0),
+                Row(name="concurrent16_135m_bf16", precision="bf16; peer fp32", side="bf16"),
+                Row(name="concurrent16_135m_vs_own_one_by_one", precision="fp32", peer="alone"),
+            ),
+        ),
+        Group(
+            work=text, sides={"alignkit": ours("sft"), "peer": trl("trl_sft", "TRL, default padding")},
+            rows=(Row(name="sft_135m_ragged_fp32", precision="fp32", must=2.4, aim=3.0),),
+        ),
+        Group(
+            work=text, sides={"alignkit": ours("sft", "bfloat16"), "peer": trl("trl_sft", "TRL bf16, default padding", autocast=True)},
+            rows=(Row(name="sft_135m_ragged_bf16", precision="bf16 compute, fp32 masters", must=1.7, aim=2.5),),
+        ),
+        Group(
+            work=text, sides={"alignkit": ours("sft", packing=True), "peer": trl("trl_sft", "TRL, packing", packing=True)},
+            rows=(Row(name="sft_135m_packing_fp32", precision="fp32", must=1.5, aim=2.0),),
+        ),
+        reward_group(model, 4, 1, "float32", must=5.0, aim=8.0),
+        reward_group(model, 4, 1, "bfloat16", must=2.5, aim=4.0),
+        reward_group(model, 2, 6, "float32"),
+        reward_group(model, 9, 1, "float32", accumulate=6),
+        Group(
+            work=Work(model=model, batch=8, prompt=0, response=512), fresh=True,
+            sides={
+                "alignkit": Side(module="benchmarks.bench_head", python="ours", label="selective_logprobs", options={"head": "selective"}),
+                "peer": Side(module="benchmarks.bench_head", python="ours", label="full logits", options={"head": "full"}),
+            },
+            rows=(
+                Row(
+                    name="head_loss_memory", precision="fp32", metric="memory", must=0.25, aim=1 / 6,
+                    note="head and loss alone, B=8, T=512, V=49152, H=576, forward and backward: peak above the start",
+                ),
+                Row(name="head_loss_time", precision="fp32"),
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: float) -> Group:
+    """The same comparisons: K responses a prompt for alignkit, all pairs of them for TRL."""
+    short = "fp32" if precision == "float32" else "bf16"
+    note = f"{prompts} prompt{'s' * (prompts > 1)} a step, {k * (k - 1) // 2} pairs each"
+    if accumulate > 1:
+        note += f"; the peer accumulates gradients over {accumulate} microbatches: all pairs at once do not fit into 24 GB beside ours"
+    peer = trl("trl_reward", f"TRL {short}", autocast=precision == "bfloat16", accumulate=accumulate)
+    size, vocabulary = ("tiny", 2048) if "tiny" in model else ("135m", 49152)
+    return Group(
+        work=Work(model=model, batch=prompts, k=k, vocabulary=vocabulary),
+        sides={"alignkit": ours("reward", precision), "peer": peer},
+        rows=(Row(name=f"reward_{size}_k{k}_{short}", precision=short, note=note, **bars),),
+    )
+
+
+def tiny_groups(model: str) -> list[Group]:
+    """On a random Llama of a million parameters."""
+    sides = {"alignkit": ours("ppo"), "peer": trl_ppo()}
+    return [
+        Group(
+            work=Work(model=model, **TINY_PPO), sides=sides, pairs=5, checked=("alignkit",),
+            rows=(Row(name="ppo_tiny_ragged_fp32", precision="fp32", must=1.6, aim=3.0),),
+        ),
+        Group(
+            work=Work(model=model, lengths="fixed", **TINY_PPO), sides=sides, pairs=5, checked=("alignkit",),
+            rows=(Row(name="ppo_tiny_fixed_fp32", precision="fp32", must=1.2, aim=2.0),),
+        ),
+    ]  # fmt: skip
+
+
+def quick_groups(model: str) -> list[Group]:
+    """What ``make bench-quick`` adds for the tiny model."""
+    text = {"model": model, "vocabulary": 2048}
+    generating = {"alignkit": ours("generate"), "peer": hf(16, "HF generate, batches of 16")}
+    return [
+        *tiny_groups(model),
+        Group(
+            work=Work(batch=16, lengths="fixed", **text), sides=generating, pairs=5, checked=("alignkit",),
+            rows=(Row(name="rollout_tiny_fixed_fp32", precision="fp32"),),
+        ),
+        Group(
+            work=Work(batch=64, **text), sides=generating, pairs=5, checked=("alignkit",),
+            rows=(Row(name="rollout_tiny_ragged64_fp32", precision="fp32"),),
+        ),
+        Group(
+            work=Work(batch=16, **text), sides={"alignkit": ours("sft"), "peer": trl("trl_sft", "TRL, default padding")}, pairs=5,
+            rows=(Row(name="sft_tiny_ragged_fp32", precision="fp32"),),
+        ),
+        reward_group(model, 4, 4, "float32"),
+    ]  # fmt: skip
+
+
+def lever_groups(model: str) -> list[Group]:
+    """alignkit against itself: each lever on (``alignkit``) and off (``peer``)."""
+    return []
