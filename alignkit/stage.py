@@ -111,6 +111,11 @@ class StageRunner:
         spec = self._registry.optimizer(stage.optimizer.kind)
         codec = self._policy.codec(self._run.policy.config, self.artifact(stage.start))
         feed = read_feed(self._registry, stage, spec.feed, codec)
+        if merged := feed.report["training"]["merged"]:
+            self._terminal.say(
+                f"{stage.name}: in {merged} of {len(feed.rows)} rows the end of the prompt and the beginning of the completion are one "
+                "token, which no rollout will hold; let completions begin with the blank (the manifest names the rows)"
+            )
         plan = spec.plan(stage.optimizer.config, len(feed.rows))
         order = Order(len(feed.rows), self._run.seed, stage.name)
         context = self._context(stage, folder, plan, feed.rows)

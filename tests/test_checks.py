@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import alignkit
 from alignkit import checks
 from alignkit.errors import RunError
 from alignkit.interfaces import TokenBatch
@@ -63,3 +69,19 @@ def test_packed_documents_that_see_each_other_stop() -> None:
     checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.00005, -2.0]), exact=True)
     with pytest.raises(RunError, match=r"packing changes log-probabilities by 0\.5 nats"):
         checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), exact=True)
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_a_run_makes_every_check_and_with_checks_off_none(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = {name: check for name, check in inspect.getmembers(checks, inspect.isfunction) if check.__module__ == checks.__name__}
+    for plugin in ("sft", "reward_model", "ppo"):
+        importlib.import_module(f"alignkit_{plugin}.update")
+    made: set[str] = set()
+    for module in list(sys.modules.values()):
+        for name, check in every.items():
+            if vars(module).get(name) is check:
+                monkeypatch.setattr(module, name, lambda *facts, name=name, **options: made.add(name))
+    config = Path(__file__).parent.parent / "configs" / "smoke.yaml"
+    short = ["sft.optimizer.epochs=1", "sft.optimizer.packing=true", "reward.optimizer.epochs=1", "ppo.optimizer.iterations=1"]
+    alignkit.run(config, [f"dir={tmp_path / 'run'}", f"checks={switch}", *short])
+    assert made == (set(every) if switch == "on" else set())

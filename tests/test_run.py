@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import alignkit
 from alignkit.errors import CheckpointError, Interrupted, RunError
@@ -19,6 +19,7 @@ from alignkit.interfaces import TokenBatch
 from alignkit.models.causal_lm import load
 from alignkit.models.config import TuningConfig
 from alignkit.runner import run_config
+from tests.data.chat import merging_codec
 
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
@@ -207,3 +208,19 @@ def test_an_artifact_that_changed_is_not_built_upon(finished: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"sft/policy is not what its stage wrote: model.safetensors is not what was written"):
         alignkit.run(SMOKE, [f"dir={run}"])
     assert '"event": "failed"' in (run / "events.jsonl").read_text()
+
+
+def test_a_border_inside_a_token_is_said_before_anything_is_learnt_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, eos_token_id=0, bos_token_id=None, **shape))
+    model.save_pretrained(tmp_path / "model")
+    merging_codec().tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "is th", "completion": "e theme", "id": "merged"}, {"prompt": "is the", "completion": " theme", "id": "clean"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"name": "sft", "optimizer": {"kind": "sft", "batch": 2}, "data": {"kind": "jsonl", "path": str(tmp_path / "data.jsonl")}}
+    policy = {"kind": "causal_lm", "model": str(tmp_path / "model"), "precision": "float32"}
+    config = {"name": "run", "dir": str(tmp_path / "run"), "policy": policy, "stages": [stage]}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    run = alignkit.run(tmp_path / "run.yaml")
+    assert "sft: in 1 of 2 rows the end of the prompt and the beginning of the completion are one token" in capsys.readouterr().out
+    assert json.loads((run / "sft" / "manifest.json").read_text())["data"]["training"]["merged_ids"] == ["merged"]

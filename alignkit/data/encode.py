@@ -17,13 +17,17 @@ Out = TypeVar("Out", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What became of the rows: how many were kept as they are, and the ids of those that were cut or left out."""
+    """What became of the rows: how many were kept as they are, and the ids of those that were cut or left out.
+
+    ``merged``: those whose completion begins inside a token of the prompt, which is then trained and never seen in a rollout.
+    """
 
     kept: int
     truncated: tuple[str, ...]
     dropped: tuple[str, ...]
     tokens: int
     longest: int
+    merged: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -31,8 +35,10 @@ class EncodeReport:
             "kept": self.kept,
             "truncated": len(self.truncated),
             "dropped": len(self.dropped),
+            "merged": len(self.merged),
             "truncated_ids": list(self.truncated),
             "dropped_ids": list(self.dropped),
+            "merged_ids": list(self.merged),
             "tokens": self.tokens,
             "longest": self.longest,
         }
@@ -61,7 +67,10 @@ def encode_demonstrations(
     codec: TemplateCodec, records: Sequence[Demonstration], *, max_length: int, overlong: Overlong
 ) -> Encoded[TokenRow]:
     """Too long: the end is cut, and no end-of-turn is faked; without a trained token left the row is dropped."""
-    return _encode(records, codec.demonstration, _cut_end, len, max_length, overlong, "demonstration")
+    found = _encode(records, codec.demonstration, _cut_end, len, max_length, overlong, "demonstration")
+    prompts = {record.prompt.id: codec.prompt(record.prompt) for record in records if record.prompt.plain}
+    merged = tuple(row.id for row in found.rows if row.loss_mask.index(True) < len(prompts.get(row.id, ())))
+    return replace(found, report=replace(found.report, merged=merged))
 
 
 def encode_rankings(codec: TemplateCodec, records: Sequence[Ranking], *, max_length: int, overlong: Overlong) -> Encoded[RankedRows]:

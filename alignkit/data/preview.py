@@ -74,6 +74,8 @@ def render(codec: TemplateCodec, rows: Sequence[TokenRow | RankedRows | PromptRo
 
 def _summary(report: Mapping[str, Any]) -> str:
     counts = f"{report['kept']} kept, {report['truncated']} truncated, {report['dropped']} dropped as too long"
+    if report["merged"]:
+        counts += f", {report['merged']} with a token that is both prompt and completion"
     return f"{counts}; {report['tokens']} tokens, the longest row has {report['longest']}"
 
 

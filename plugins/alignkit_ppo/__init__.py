@@ -104,9 +104,12 @@ class PPOConfig(AdamWConfig):
     critic: CriticConfig = setting(CriticConfig(), "the value model")
 
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram_size"),
+        (
+            "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram_size",
+            "min_new_tokens", "bad_words_ids", "logit_bias",
+        ),
         _FILTERED,
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         episodes = self.prompts * self.samples_per_prompt

@@ -18,6 +18,7 @@ from alignkit.api import RewardSource, RewardSpec, hookimpl
 from alignkit.config import LoadedConfig, explain, load_config
 from alignkit.errors import ConfigError
 from alignkit.registry import PluginFailure, Registry, find_plugins
+from alignkit_ppo import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -342,7 +343,7 @@ def test_no_text_brings_anything_but_a_config_error(cut: int, text: str, tmp_pat
     assert refusal(tmp_path / "c.yaml", ()) != ()
 
 
-@pytest.mark.parametrize("key", ["top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
+@pytest.mark.parametrize("key", PPOConfig.refused)
 def test_filters_that_would_falsify_ratios_are_refused_with_the_reason(key: str) -> None:
     problems = refusal(SMOKE, [f"ppo.optimizer.{key}=1"])
     assert problems is not None

@@ -28,7 +28,8 @@ def test_rows_that_fit_are_kept_as_they_are() -> None:
     found = encode_demonstrations(CODEC, [SHORT, LONG], max_length=9, overlong="error")
     assert found.rows == (CODEC.demonstration(SHORT), CODEC.demonstration(LONG))
     assert found.report.as_json() == {
-        "kept": 2, "truncated": 0, "dropped": 0, "truncated_ids": [], "dropped_ids": [], "tokens": 13, "longest": 9,
+        "kept": 2, "truncated": 0, "dropped": 0, "merged": 0, "truncated_ids": [], "dropped_ids": [], "merged_ids": [],
+        "tokens": 13, "longest": 9,
     }  # fmt: skip
 
 
@@ -57,6 +58,15 @@ def test_a_demonstration_loses_its_end_and_gets_no_other() -> None:
     # Eight tokens of "all" are its prompt: nothing of it could be trained.
     assert (found.report.kept, found.report.truncated, found.report.dropped) == (1, ("long",), ("all",))
     json.dumps(found.report.as_json())
+
+
+def test_demonstrations_whose_border_lies_inside_a_token_are_named() -> None:
+    each = merging_codec()
+    merged, clean = demonstration("merged", "is th", "e theme"), demonstration("clean", "is the", " theme")
+    report = encode_demonstrations(each, [merged, clean], max_length=20, overlong="error").report
+    assert (report.kept, report.merged) == (2, ("merged",))
+    chat = Demonstration(Prompt("chat", turns("is th")), turns("e theme", first="assistant"))
+    assert encode_demonstrations(CODEC, [chat], max_length=90, overlong="error").report.merged == ()
 
 
 def test_a_ranking_loses_the_same_beginning_of_its_prompt_for_every_response() -> None:
@@ -106,7 +116,8 @@ def test_a_dropped_ranking_takes_all_its_responses_along() -> None:
     found = encode_rankings(CODEC, [RANKING, SMALL], max_length=9, overlong="drop")
     assert [row.id for row in found.rows] == ["s"]
     assert found.report.as_json() == {
-        "kept": 1, "truncated": 0, "dropped": 1, "truncated_ids": [], "dropped_ids": ["r"], "tokens": 6, "longest": 3,
+        "kept": 1, "truncated": 0, "dropped": 1, "merged": 0, "truncated_ids": [], "dropped_ids": ["r"], "merged_ids": [],
+        "tokens": 6, "longest": 3,
     }  # fmt: skip
 
 

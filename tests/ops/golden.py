@@ -17,7 +17,16 @@ from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_
 from alignkit.ops.correction import bounded_weights, geometric_mean_weight, importance_weights, mismatch, truncated_weights
 from alignkit.ops.kl import adaptive_kl_coef, k1, k2, k3, sequence_kl
 from alignkit.ops.logprobs import entropy, selective_logprobs, token_logprobs
-from alignkit.ops.losses import better_pairs, clipped_policy_loss, clipped_share, clipped_value_loss, kwise_loss, nll_loss, score_index
+from alignkit.ops.losses import (
+    better_pairs,
+    clipped_policy_loss,
+    clipped_share,
+    clipped_value_loss,
+    clipped_value_share,
+    kwise_loss,
+    nll_loss,
+    score_index,
+)
 from alignkit.ops.masked import masked_mean, masked_whiten
 from alignkit.ops.schedule import schedule
 from alignkit.ops.stats import explained_variance, pair_accuracy
@@ -104,6 +113,7 @@ def value_loss(x: Inputs, params: Params) -> Figures:
         "loss": loss,
         "grad_vpred": torch.autograd.grad(loss, values)[0],
         "unclipped": clipped_value_loss(values, old, returns, mask, clip=None, tokens_in_minibatch=count),
+        "clipfrac": clipped_value_share(values, old, returns, mask, clip=params["cliprange_value"], tokens_in_minibatch=count),
         "explained_var_centered": explained_variance(values, returns, mask),
     }
 
@@ -234,6 +244,7 @@ def kl_gradients(x: Inputs, params: Params) -> Figures:
     return {
         "kl": (chance * k1(p, q, every)).sum(),
         "true_reverse_kl_grad": gradient((p.exp() * k1(p, q, every)).sum()),
+        "true_forward_kl_grad": gradient((q.exp() * k1(q, p, every)).sum()),
         "k1_in_reward": gradient((chance * k1(p, q, every).detach() * p).sum()),
         "k1_in_loss": gradient((chance * k1(p, q, every)).sum()),
         "k2_in_loss": gradient((chance * k2(p, q, every)).sum()),

@@ -198,6 +198,17 @@ def test_a_sampler_that_is_off_is_measured_corrected_and_named(tmp_path: Path) -
     assert torch.allclose(experience.old_logprobs, usual.old_logprobs, atol=1e-4)  # the ratio stays between two training forwards
 
 
+@pytest.mark.parametrize(("off", "checks", "warned"), [(0.09, True, False), (0.11, True, True), (0.11, False, False)])
+def test_a_rough_sampler_is_named_past_a_tenth_of_a_nat(tmp_path: Path, off: float, checks: bool, warned: bool) -> None:
+    """As in bfloat16: the old log-probabilities are the trainer's, and the sampler's are compared with them."""
+    said: list[str] = []
+    ppo = PPO(SMALL, replace(make_context(tmp_path, plan=plan(SMALL, 100), policy=TINY), say=said.append, checks=checks))
+    batch = scored(ppo, SMALL)
+    rough = replace(batch.rollout, logprobs=batch.rollout.logprobs + off * batch.rollout.batch.loss_mask, exact=False)
+    assert ppo.update(ScoredRollout(rough, batch.scores))["rollout/mismatch_nats"] == pytest.approx(off, abs=1e-4)
+    assert [f"the sampler's log-probabilities are {off:.2f} nats per token off" in text for text in said] == [True] * warned
+
+
 def test_a_rollout_of_other_weights_stops_the_run_before_anything_is_learnt(tmp_path: Path) -> None:
     ppo = make(tmp_path)
     batch = scored(ppo, SMALL)

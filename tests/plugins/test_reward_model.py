@@ -1,8 +1,8 @@
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from alignkit.types import Message, Prompt, RankedRows, Ranking, Sample
 from alignkit_reward_model import RewardModelConfig, plan
 from alignkit_reward_model.cross_validation import labeler_groups, split
 from alignkit_reward_model.normalization import normalization
-from alignkit_reward_model.source import TrainedReward
+from alignkit_reward_model.source import TrainedReward, scores_of
 from alignkit_reward_model.update import RewardModel
 from tests.fakes import ARCHITECTURES
+from tests.invariants.vivid import Architecture, first_gradient, relative_distance, vivid_context
 
-Architecture = Literal["llama", "gpt2", "qwen2"]
 TINY = TinyLMConfig(hidden_size=32, layers=2, heads=2, positions=128)
 CONFIG = RewardModelConfig(batch=4, learning_rate=3e-3, head_learning_rate=1e-2, epochs=8)
 WORDS = ["good", "fine", "poor", "awful"]
@@ -123,9 +123,76 @@ def test_demonstrations_are_given_where_they_are_used(wrong: dict[str, object], 
         RewardModelConfig(**wrong)
 
 
-def test_ties_teach_nothing_and_do_not_dilute_the_step(tmp_path: Path) -> None:
-    """I-RM-4: no tied pair contributes a gradient."""
-    alone, with_tie = make(tmp_path), make(tmp_path)
+def unclipped(config: RewardModelConfig, folder: Path, architecture: Architecture) -> RewardModel:
+    """The optimizer on a model whose scores differ, and whose gradients are seen as they are."""
+    config = replace(config, clip_norm=1e9)
+    return RewardModel(config, vivid_context(folder, architecture, plan(config, 8)))
+
+
+def of_each_size() -> list[RankedRows]:
+    """Rankings of four with a tie, of two, and of five: 5, 1 and 10 pairs."""
+    prompts = [Prompt(str(i), (Message("user", f"film {i}"),)) for i in range(3)]
+    ranks = [(2, 1, 2, 3), (2, 1), (3, 5, 1, 2, 4)]
+    return [CODEC.ranked(Ranking(p, ("good", "fine", "ok", "poor", "bad")[: len(r)], r)) for p, r in zip(prompts, ranks, strict=True)]
+
+
+def one_by_one(model: ScalarModel, ranking: RankedRows) -> list[tuple[float, float]]:
+    """Score of the better and of the worse response of each pair, every response read alone."""
+    scores = [scores_of(model, [row])[0] for row in ranking.rows]
+    ranked = list(zip(ranking.ranks, scores, strict=True))
+    return [(better, worse) for a, better in ranked for b, worse in ranked if a < b]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_i_rm_2_the_loss_is_the_mean_over_a_prompts_pairs_and_then_over_prompts(tmp_path: Path, architecture: Architecture) -> None:
+    """From scores read one by one, to 1e-6; two responses are the pairwise loss, and the order in which they are listed is nothing."""
+    rows, turned = of_each_size(), [replace(row, rows=row.rows[::-1], ranks=row.ranks[::-1]) for row in of_each_size()]
+    optimizer, other = (unclipped(CONFIG, tmp_path, architecture) for _ in range(2))
+    pairs = [one_by_one(optimizer._model, ranking) for ranking in rows]
+    assert [len(some) for some in pairs] == [5, 1, 10]
+    by_prompt = [sum(math.log1p(math.exp(worse - better)) for better, worse in some) / len(some) for some in pairs]
+    assert max(by_prompt) - min(by_prompt) > 1e-2
+    for ranking, loss in zip(rows, by_prompt, strict=True):
+        assert optimizer.validate([ranking])["loss/ranking_nats"] == pytest.approx(loss, abs=1e-6)
+    assert optimizer.update(rows)["loss/ranking_nats"] == pytest.approx(sum(by_prompt) / 3, abs=1e-6)
+    assert other.update(turned)["loss/ranking_nats"] == pytest.approx(sum(by_prompt) / 3, abs=1e-6)
+    assert relative_distance(first_gradient(other.state()), first_gradient(optimizer.state())) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_i_rm_3_only_differences_of_rewards_count_unless_they_are_centred(tmp_path: Path, architecture: Architecture) -> None:
+    """The same number added to all rewards leaves loss and gradient as they are, to 1e-6; with ``center`` it is pulled back to 0."""
+    rows = of_each_size()
+
+    def shifted(by: float, center: float = 0.0) -> tuple[float, dict[str, torch.Tensor], list[tuple[float, float]]]:
+        optimizer = unclipped(replace(CONFIG, center=center), tmp_path, architecture)
+        torch.nn.init.constant_(optimizer._model.head.bias, by)
+        pairs = one_by_one(optimizer._model, rows[2])
+        return optimizer.update(rows[2:])["loss/ranking_nats"], first_gradient(optimizer.state()), pairs
+
+    (loss, gradient, _), (other_loss, other, _) = shifted(0.0), shifted(1.0)
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    for name in gradient:
+        assert torch.allclose(other[name], gradient[name], rtol=0.0, atol=1e-6), name
+    _, pulled, pairs = shifted(1.0, center=0.1)
+    # d/db of 0.1 * mean (r_w + b + r_l + b)^2
+    assert float(pulled["head.bias"]) == pytest.approx(0.1 * 4 * sum(map(sum, pairs)) / len(pairs), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_i_rm_3_equal_rewards_are_a_coin_toss_and_count_as_wrong(tmp_path: Path, architecture: Architecture) -> None:
+    optimizer = unclipped(CONFIG, tmp_path, architecture)
+    torch.nn.init.zeros_(optimizer._model.head.weight)
+    figures = optimizer.validate(of_each_size())
+    assert figures["loss/ranking_nats"] == pytest.approx(math.log(2.0), abs=1e-6)
+    assert figures["reward/accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_i_rm_4_ties_teach_nothing_and_do_not_dilute_the_step(tmp_path: Path, architecture: Architecture) -> None:
+    """No tied pair contributes a gradient."""
+    policy = replace(TINY, architecture=architecture)
+    alone, with_tie = make(tmp_path, policy=policy), make(tmp_path, policy=policy)
     rows = rankings(prompts=2)
     tie = replace(rows[1], ranks=(1, 1, 1, 1))
     first, second = alone.update(rows[:1]), with_tie.update([rows[0], tie])
