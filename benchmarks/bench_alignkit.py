@@ -15,6 +15,7 @@ import torch
 from alignkit.context import Context
 from alignkit.interfaces import Rollout, ScoredRollout
 from alignkit.learner import Learner
+from alignkit.memory import keep_freed_memory
 from alignkit.models import causal_lm, kernels
 from alignkit.models.config import TuningConfig
 from alignkit.models.scalar import load_scalar
@@ -33,6 +34,8 @@ def main() -> None:
     """Build what the parent asked for, then do one step at a time."""
     told, gate = settings(), Gate()
     torch.set_num_threads(told["threads"])
+    if told.get("memory_kept", True):
+        keep_freed_memory()  # as the runner does
     for patch in told.get("patches", ()):
         module, _, name = patch.partition(":")
         getattr(importlib.import_module(module), name)()

@@ -272,6 +272,7 @@ def lever_groups(model: str) -> list[Group]:
         ("lever_torch_linear_vs_onednn", "sft", text, onednn, "chosen by the probe"),
         ("lever_float32_vs_bfloat16_sft", "sft", text, ours("sft", "bfloat16", "alignkit bf16"), "chosen by the probe"),
         ("lever_float32_vs_bfloat16_rollout", "generate", drawn, ours("generate", "bfloat16", "alignkit bf16"), "chosen by the probe"),
+        ("lever_memory_kept", "sft", text, ours("sft", label="alignkit, freed memory given back", memory_kept=False), ""),
         (
             "lever_activations_kept", "sft", text, ours("sft", label="alignkit, activation checkpointing", checkpointing=True),
             "activation_checkpointing is off unless asked for",

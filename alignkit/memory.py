@@ -1,0 +1,23 @@
+"""What the process does with memory that torch has freed. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next step instead of giving it back to the system.
+
+    A training step frees its activations and gradients, and asks for as much again a moment later; a page that was given back must be
+    cleared and mapped anew. Where the C library is not glibc, nothing is changed.
+    """
+    library = ctypes.CDLL(None)
+    try:
+        library.gnu_get_libc_version  # noqa: B018
+    except AttributeError:
+        return
+    library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+    library.mallopt(_TRIM_THRESHOLD, _LARGEST)

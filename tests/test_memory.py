@@ -1,0 +1,28 @@
+import subprocess
+import sys
+
+STEPS = """
+import resource, sys
+import torch
+from alignkit.memory import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for step in range(6):
+    if step == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    several = [torch.ones(3_000_000) for _ in range(16)]
+    del several
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(memory: str) -> int:
+    done = subprocess.run([sys.executable, "-c", STEPS, memory], check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def test_memory_that_was_freed_is_used_again_without_asking_the_system() -> None:
+    kept, given_back = faults("kept"), faults("given back")
+    assert kept < 100
+    assert given_back > 1000 * max(kept, 1) / 100
