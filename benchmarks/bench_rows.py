@@ -181,7 +181,7 @@ def real_groups(model: str) -> list[Group]:
 def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: float) -> Group:
     """The same comparisons: K responses a prompt for alignkit, all pairs of them for TRL."""
     short = "fp32" if precision == "float32" else "bf16"
-    note = f"{prompts} prompt{'s' * (prompts > 1)} a step, {k * (k - 1) // 2} pairs each"
+    note = f"a step is {prompts * k * (k - 1) // 2} pairs: {prompts} prompts of {k} responses"
     if accumulate > 1:
         note += f"; the peer accumulates gradients over {accumulate} microbatches: all pairs at once do not fit into 24 GB beside ours"
     peer = trl("trl_reward", f"TRL {short}", autocast=precision == "bfloat16", accumulate=accumulate)
