@@ -160,7 +160,8 @@ def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
 
 
 def load_policy(work: Work, told: Mapping[str, Any], trainable: bool) -> Any:
-    return causal_lm.load(Path(work.model), tuning=TuningConfig(), precision=told["precision"], trainable=trainable, seed=0)
+    tuning = TuningConfig(activation_checkpointing=told.get("checkpointing", False))
+    return causal_lm.load(Path(work.model), tuning=tuning, precision=told["precision"], trainable=trainable, seed=0)
 
 
 def load_scalar_model(work: Work, told: Mapping[str, Any], trainable: bool) -> Any:

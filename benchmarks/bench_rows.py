@@ -122,6 +122,16 @@ def real_groups(model: str) -> list[Group]:
             ),
         ),
         Group(
+            work=ppo, sides={"alignkit": ours("ppo", "auto"), "peer": trl_ppo("TRL 1.12, bf16 weights", dtype="bfloat16")},
+            checked=("alignkit",),
+            rows=(
+                Row(
+                    name="ppo_135m_ragged_auto_vs_trl_bf16_weights", precision="auto; peer bf16 without masters", aim=2.0, must=1.2,
+                    note="what precision: auto chose on this machine, against what makes the peer's weights smallest",
+                ),
+            ),
+        ),
+        Group(
             work=fixed, sides={**generating, "peer": hf(16, "HF generate, batches of 16")}, checked=("alignkit", "bf16"),
             rows=(
                 Row(name="rollout_135m_fixed_fp32", precision="fp32", must=2.0, aim=2.5),
@@ -231,5 +241,45 @@ def quick_groups(model: str) -> list[Group]:
 
 
 def lever_groups(model: str) -> list[Group]:
-    """alignkit against itself: each lever on (``alignkit``) and off (``peer``)."""
-    return []
+    """alignkit against itself, with one lever off: how much of the time each of them saves."""
+    text = Work(model=model, batch=8)
+    ranked = Work(model=model, batch=1, k=4)
+    drawn, many = Work(model=model, batch=16, response=32, lengths="fixed"), Work(model=model, batch=64)
+    levers = [
+        ("padding_left_out", text, "sft", "computed_padding"),
+        ("beginnings_shared_k4", ranked, "reward", "separate_beginnings"),
+        ("logits_where_scored", text, "sft", "logits_everywhere"),
+        ("logits_kept", text, "sft", "logits_made_twice"),
+        ("sparse_embedding_gradients", text, "sft", "dense_embedding_gradients"),
+        ("fused_adamw", text, "sft", "loop_adamw"),
+        ("weights_repacked", drawn, "generate", "plain_weights"),
+        ("llama_forward", drawn, "generate", "general_forward"),
+        ("rows_leave", many, "generate", "rows_that_stay"),
+    ]
+    groups = [
+        Group(
+            work=work,
+            sides={
+                "alignkit": ours(task),
+                "peer": ours(task, label=f"alignkit, {off.replace('_', ' ')}", patches=[f"benchmarks.levers:{off}"]),
+            },
+            rows=(Row(name=f"lever_{name}", precision="fp32"),),
+        )
+        for name, work, task, off in levers
+    ]
+    onednn = ours("sft", label="alignkit, onednn linear", patches=["benchmarks.levers:onednn_linear"])
+    others = [
+        ("lever_torch_linear_vs_onednn", "sft", text, onednn, "chosen by the probe"),
+        ("lever_float32_vs_bfloat16_sft", "sft", text, ours("sft", "bfloat16", "alignkit bf16"), "chosen by the probe"),
+        ("lever_float32_vs_bfloat16_rollout", "generate", drawn, ours("generate", "bfloat16", "alignkit bf16"), "chosen by the probe"),
+        (
+            "lever_activations_kept", "sft", text, ours("sft", label="alignkit, activation checkpointing", checkpointing=True),
+            "activation_checkpointing is off unless asked for",
+        ),
+    ]  # fmt: skip
+    for name, task, work, off, note in others:
+        rows = [Row(name=name, precision="fp32", note=note)]
+        if name == "lever_activations_kept":
+            rows.append(Row(name="lever_activations_kept_memory", precision="fp32", metric="memory"))
+        groups.append(Group(work=work, sides={"alignkit": ours(task), "peer": off}, rows=tuple(rows)))
+    return groups

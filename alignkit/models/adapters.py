@@ -16,6 +16,8 @@ from alignkit.models.config import TuningConfig
 
 def tune(model: Any, tuning: TuningConfig, seed: int) -> None:
     """Make exactly the weights that ``tuning`` names trainable. Adapters start as the identity (B = 0), A follows from ``seed``."""
+    if tuning.activation_checkpointing:
+        _checkpoint(model)
     if tuning.kind == "full":
         model.requires_grad_(True)
         return
@@ -34,6 +36,15 @@ def tune(model: Any, tuning: TuningConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+
+
+def _checkpoint(model: Any) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for part in model.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            part.training = True  # where transformers looks; what is inside it stays in evaluation mode, without dropout
 
 
 def _targets(model: Any, top_layers: int) -> list[str]:

@@ -18,6 +18,9 @@ class TuningConfig:
     rank: int = setting(16, "rank of the adapters", at_least=1)
     alpha: float = setting(32.0, "the adapters' output is scaled by alpha / rank", above=0.0)
     top_layers: int = setting(0, "adapters on this many layers nearest the output only; 0: on all", at_least=0)
+    activation_checkpointing: bool = setting(
+        False, "compute each layer again in the backward pass instead of keeping what it needs: less memory, about a third more time"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class CausalLMConfig:
 
     model: str = setting(doc="a folder, a hub id, a .gguf file, or package:NAME/PATH for a file inside an installed Python package")
     tuning: TuningConfig = setting(TuningConfig(), "which weights are trained")
-    precision: Precision = setting("auto", "of the arithmetic; masters are always float32. auto: bfloat16 where the processor has it")
+    precision: Precision = setting("auto", "of the arithmetic; masters are always float32. auto: bfloat16 where it is found to be faster")
     chat_template: str | None = setting(None, "none: the tokenizer's own; default: alignkit's; else a file that holds a Jinja template")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 

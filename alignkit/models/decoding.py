@@ -119,7 +119,8 @@ class LlamaDecoding:
                     out=joined([f"{at}.self_attn.o_proj"]),
                     gate_up=joined([f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], (1.0, 1.0), norm=f"{at}.post_attention_layernorm"),
                     down=joined([f"{at}.mlp.down_proj"]),
-                    window=getattr(layer.self_attn, "sliding_window", None),
+                    # Qwen2 has one a layer, Mistral one for all, Llama none.
+                    window=getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None)),
                 )
             )
         self._head = joined(["lm_head"])

@@ -7,7 +7,7 @@ second; a run keeps what was found in ``run.json`` and goes on with it, since an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,33 +61,42 @@ def probe() -> Kernels:
 
     # x, the gradient to it and that to the weight: what a training step is made of.
     factors = (many, weight), (slope, weight.t()), (slope.t(), many.t())
-
-    def multiply(by: Callable[[Tensor, Tensor], Tensor], pairs: Sequence[tuple[Tensor, Tensor]] = factors) -> float:
-        return _seconds(lambda: [by(left, right) for left, right in pairs])
-
-    plain = multiply(nn.functional.linear)
-    bfloat16 = plain > _CLEARLY * multiply(nn.functional.linear, [(left.bfloat16(), right.bfloat16()) for left, right in factors])
+    halves = [(left.bfloat16(), right.bfloat16()) for left, right in factors]
+    plain, half = _seconds(
+        lambda: [nn.functional.linear(*pair) for pair in factors],
+        lambda: [nn.functional.linear(*pair) for pair in halves],
+    )
+    bfloat16 = plain > _CLEARLY * half
     if not _has_onednn(many, weight):
         return Kernels(bfloat16=bfloat16)
-    onednn = plain > _CLEARLY * multiply(_onednn)
+    plain, onednn = _seconds(
+        lambda: [nn.functional.linear(*pair) for pair in factors],
+        lambda: [_onednn(*pair) for pair in factors],
+    )
     # As in decoding, where every weight comes from memory: more of them than a cache holds.
     weights = [weight + i for i in range(24)]
-    packed = [_packed(each) for each in weights]
-    unpacked = _seconds(lambda: [nn.functional.linear(few, each) for each in weights])
-    # The other way round: packed is the faster one wherever oneDNN is any good at it, though not by so much everywhere.
-    decode = _CLEARLY * unpacked > _seconds(lambda: [_onednn(few, each) for each in packed])
-    return Kernels("onednn" if onednn else "torch", "packed" if decode else "torch", bfloat16)
+    repacked = [_packed(each) for each in weights]
+    unpacked, packed = _seconds(
+        lambda: [nn.functional.linear(few, each) for each in weights],
+        lambda: [_onednn(few, each) for each in repacked],
+    )
+    return Kernels(
+        linear="onednn" if plain > _CLEARLY * onednn else "torch",
+        # The other way round: packed is the faster one wherever oneDNN is any good at it, though not by so much everywhere.
+        decode="packed" if _CLEARLY * unpacked > packed else "torch",
+        bfloat16=bfloat16,
+    )
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of several goes."""
-    work()
-    found = []
-    for _ in range(5):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
+def _seconds(*works: Callable[[], object]) -> list[float]:
+    """The fastest of several goes of each, turn by turn, so that what else the machine does is felt by all of them."""
+    found: list[list[float]] = [[] for _ in works]
+    for _ in range(6):
+        for work, seconds in zip(works, found, strict=True):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    return [min(seconds) for seconds in found]
 
 
 def _has_onednn(x: Tensor, weight: Tensor) -> bool:

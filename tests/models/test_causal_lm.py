@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,22 @@ def test_dropout_is_off_even_where_the_architecture_has_it(tmp_path: Path) -> No
     policy = load(tmp_path, tuning=TuningConfig(), precision="float32", trainable=True, seed=0)
     batch = collate(rows())
     assert torch.equal(policy.score_tokens(batch).logprobs, policy.score_tokens(batch).logprobs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_checkpointed_activations_are_computed_again_and_change_nothing(architecture: str, kind: Any) -> None:
+    batch = collate(rows())
+    gradients, forwards = [], []
+    for checkpointing in (False, True):
+        policy = shaken(tiny_policy(architecture, tuning=TuningConfig(kind=kind, rank=2, activation_checkpointing=checkpointing)))
+        inner = [part for name, part in policy.module.named_modules() if name.endswith(("mlp.up_proj", "mlp.c_fc"))][-1]
+        seen: list[None] = []
+        inner.register_forward_hook(lambda *_, seen=seen: seen.append(None))
+        policy.score_tokens(batch).logprobs.sum().backward()
+        gradients.append([weight.grad.to_dense() for weight in policy.module.parameters() if weight.grad is not None])
+        forwards.append(len(seen))
+    assert forwards == [1, 2]
+    assert gradients[0]
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)

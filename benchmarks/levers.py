@@ -1,0 +1,113 @@
+"""alignkit with one lever off: functions that take it out of a worker before anything is built there.
+
+``python -m benchmarks.bench --levers`` runs each against alignkit as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import alignkit.models.attention as attention
+import alignkit.models.decoding as decoding
+import alignkit.ops.logprobs as logprobs
+from alignkit.interfaces import TokenBatch, TokenScores
+from alignkit.models import causal_lm, kernels
+from alignkit.rollout.decoder import Decoder
+
+
+def computed_padding() -> None:
+    """Every place of the batch is computed, padding too, as rows side by side; nothing is shared."""
+
+    def whole(batch: TokenBatch) -> attention.Layout:
+        rows, width = batch.ids.shape
+        places = torch.arange(rows * width)
+        return attention.Layout(places, places % width, places.view(rows, width), places, places.view(rows, width))
+
+    attention.lay_out = whole
+
+
+def separate_beginnings() -> None:
+    """Padding is left out, and a beginning is computed for each row that has it."""
+    plain = attention.lay_out
+
+    def apart(batch: TokenBatch) -> attention.Layout:
+        # Ids that no two rows share make no common beginning; the ids themselves are read elsewhere.
+        marked = batch.ids + torch.arange(len(batch.ids))[:, None] * (1 << 32)
+        return plain(replace(batch, ids=marked))
+
+    attention.lay_out = apart
+
+
+def dense_embedding_gradients() -> None:
+    """Embedding and head hand in a matrix of the vocabulary's size each."""
+
+    def dense(layer: Any, ids: Tensor, weight: Tensor | None) -> Tensor:
+        out: Tensor = layer(ids)
+        return out
+
+    attention._embedded = dense
+    causal_lm.embedding_and_head = lambda model: (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def logits_everywhere() -> None:
+    """Hidden states are projected onto the vocabulary at every token, scored or not."""
+    plain = causal_lm.CausalPolicy.score_tokens
+
+    def everywhere(self: Any, batch: TokenBatch, **options: Any) -> TokenScores:
+        scores = plain(self, replace(batch, loss_mask=batch.mask), **options)
+        return TokenScores(*(torch.where(batch.loss_mask, x, 0.0) for x in (scores.logprobs, scores.entropy)))
+
+    causal_lm.CausalPolicy.score_tokens = everywhere  # type: ignore[method-assign]
+
+
+def logits_made_twice() -> None:
+    """Logits are never kept from the forward to the backward pass."""
+    logprobs._CHUNK = 1 << 21
+
+
+def loop_adamw() -> None:
+    """AdamW weight by weight."""
+    plain = torch.optim.AdamW
+
+    def unfused(*weights: Any, **options: Any) -> torch.optim.AdamW:
+        return plain(*weights, **{**options, "fused": False, "foreach": False})
+
+    torch.optim.AdamW = unfused  # type: ignore[assignment,misc]
+
+
+def plain_weights() -> None:
+    """Weights are not repacked for decoding."""
+    kernels.use(replace(kernels.chosen(), decode="torch"))
+
+
+def onednn_linear() -> None:
+    """Linear layers through oneDNN in training, whatever was found to be faster."""
+    kernels.use(replace(kernels.chosen(), linear="onednn"))
+
+
+def general_forward() -> None:
+    """Llama is generated through transformers' forward, as any architecture is."""
+    decoding.LlamaForCausalLM = decoding.MistralForCausalLM = decoding.Qwen2ForCausalLM = type(None)
+
+
+def rows_that_stay() -> None:
+    """Rows that are done are decoded until the last one is."""
+    plain = Decoder._remove
+
+    def keep(self: Decoder, rows: Any) -> None:
+        for i in rows:
+            self._rows[i].request = replace(self._rows[i].request, max_new_tokens=-1)  # it never reaches that
+        if all(row.request.max_new_tokens == -1 for row in self._rows):
+            plain(self, range(len(self._rows)))
+
+    def quiet(self: Decoder) -> list[Any]:
+        done = {row.number for row in self._rows if row.request.max_new_tokens == -1}
+        return [event for event in step(self) if event.request not in done]
+
+    step = Decoder.step
+    Decoder._remove = keep  # type: ignore[method-assign]
+    Decoder.step = quiet  # type: ignore[method-assign,assignment]

@@ -1,0 +1,89 @@
+"""The ways of multiplying are one way, and what is chosen is a choice."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from alignkit.data.collate import collate
+from alignkit.models import kernels
+from alignkit.models.kernels import Kernels, OneDNNLinear, install, probe, product, use
+from alignkit.types import TokenRow
+from tests.fakes import ARCHITECTURES, tiny_policy
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = kernels.chosen()
+    yield
+    use(before)
+
+
+def test_a_probe_says_what_run_json_can_keep() -> None:
+    found = probe()
+    assert Kernels(**dataclasses.asdict(found)) == found
+
+
+def test_a_process_computes_with_what_it_was_told() -> None:
+    use(Kernels(linear="onednn"))
+    assert kernels.chosen().linear == "onednn"
+
+
+@pytest.mark.parametrize("decode", ["torch", "packed"])
+@pytest.mark.parametrize("bias", [True, False])
+@given(rows=st.integers(1, 40), width=st.integers(1, 70), out=st.integers(1, 70))
+def test_a_prepared_product_is_the_linear_layer(decode: str, bias: bool, rows: int, width: int, out: int) -> None:
+    use(Kernels(decode=decode))  # type: ignore[arg-type]
+    layer, x = nn.Linear(width, out, bias=bias), torch.randn(rows, width)
+    with torch.inference_mode():
+        assert torch.allclose(product(layer.weight, layer.bias, torch.float32)(x), layer(x), atol=1e-5)
+        assert torch.allclose(product(layer.weight.t().contiguous().t(), layer.bias, torch.float32)(x), layer(x), atol=1e-5)
+        assert product(layer.weight, layer.bias, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_onednn_has_the_gradients_of_the_linear_layer(bias: bool, frozen: bool) -> None:
+    plain, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 7, 24)
+    plain.weight.requires_grad_(not frozen)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = OneDNNLinear
+    found = []
+    for layer in (plain, fast):
+        given_in = x.clone().requires_grad_(True)
+        out = layer(given_in)
+        (out * out.detach().cos()).sum().backward()
+        found.append([out, given_in.grad, *(weight.grad for weight in layer.parameters())])
+    for wanted, got in zip(*found, strict=True):
+        assert (wanted is None) == (got is None)
+        if wanted is not None and got is not None:
+            assert torch.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_policy_scores_alike_with_either_linear_layer(architecture: str) -> None:
+    rows = [TokenRow(str(i), tuple(range(5, 9 + i)), (False, *(True,) * (3 + i))) for i in range(4)]
+    use(Kernels(linear="torch"))
+    plain = tiny_policy(architecture)
+    use(Kernels(linear="onednn"))
+    fast = tiny_policy(architecture)
+    has_linear = any(isinstance(part, OneDNNLinear) for part in fast.module.modules())
+    assert has_linear  # gpt2's layers are another class, but its head is a linear layer
+    assert torch.allclose(fast.score_tokens(collate(rows)).logprobs, plain.score_tokens(collate(rows)).logprobs, atol=1e-5)
+
+
+def test_a_layer_of_another_kind_is_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    use(Kernels(linear="onednn"))
+    model = nn.Sequential(nn.Linear(3, 3), Own(3, 3))
+    install(model)
+    assert [type(part) for part in model] == [OneDNNLinear, Own]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[0](torch.randn(2, 3)).dtype == torch.bfloat16
