@@ -198,7 +198,7 @@ class Written:
         """Keep and write."""
         self.rows += rows
         self.complaints += complaints
-        everything = {**self._head, "rows": merged(self._old, self.rows)}
+        everything: dict[str, Any] = {**self._head, "rows": merged(self._old, self.rows)}
         if self._out:
             self._out.write_text(json.dumps(everything, indent=1) + "\n")
         if self._page:

@@ -188,7 +188,7 @@ def real_groups(model: str) -> list[Group]:
     ]  # fmt: skip
 
 
-def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: float) -> Group:
+def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: Any) -> Group:
     """The same comparisons: K responses a prompt for alignkit, all pairs of them for TRL."""
     short = "fp32" if precision == "float32" else "bf16"
     note = f"a step is {prompts * k * (k - 1) // 2} pairs: {prompts} prompts of {k} responses"
@@ -220,7 +220,7 @@ def tiny_groups(model: str) -> list[Group]:
 
 def quick_groups(model: str) -> list[Group]:
     """What ``make bench-quick`` adds for the tiny model."""
-    text = {"model": model, "vocabulary": 2048}
+    text: dict[str, Any] = {"model": model, "vocabulary": 2048}
     generating = {"alignkit": ours("generate"), "peer": hf(16, "HF generate, batches of 16")}
     return [
         *tiny_groups(model),
