@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.bench_growth import GROWTH, growth_figure, measure_growth
 from benchmarks.bench_machine import describe, limits
-from benchmarks.bench_page import page
+from benchmarks.bench_page import page, with_a_peer
 from benchmarks.bench_pipe import ROOT, Worker, WorkerError
 from benchmarks.bench_rows import Group, Side, lever_groups, quick_groups, real_groups, tiny_groups
 from benchmarks.bench_setup import peer_python, random_model, real_model
@@ -73,7 +73,7 @@ def main() -> None:
         written.add(*run(bench, group, told.pairs))
     for name in growing:
         written.add(*guarded(name, lambda name=name: measure_growth(name, bench, home / "models")))
-    print(f"\n{ratios(written.rows)}\n{time.time() - begin:.0f} s in all")
+    print(f"\n{ratios(with_a_peer(written.rows))}\n{time.time() - begin:.0f} s in all")
     for complaint in written.complaints:
         print(f"FAILED: {complaint}")
     sys.exit(1 if written.complaints else 0)
@@ -198,7 +198,7 @@ class Written:
         """Keep and write."""
         self.rows += rows
         self.complaints += complaints
-        everything = {**self._head, "rows": merged(self._old, self.rows)}
+        everything: dict[str, Any] = {**self._head, "rows": merged(self._old, self.rows)}
         if self._out:
             self._out.write_text(json.dumps(everything, indent=1) + "\n")
         if self._page:

@@ -8,6 +8,7 @@ import torch
 
 from alignkit.data.collate import collate
 from alignkit.interfaces import Policy, Rollout
+from alignkit.models.decoding import Decoding
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.engine import MAX_ROWS
 from alignkit.rollout.noise import noise_key
@@ -44,7 +45,7 @@ def rollout(
     return Rollout(samples, batch, logprobs, exact=policy.exact, policy_version=policy.version)
 
 
-def decode(model: object, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int) -> list[list[Event]]:
+def decode(model: Decoding, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int) -> list[list[Event]]:
     """The events of each response, all requests in one decoder."""
     decoder = Decoder(model, max_rows=MAX_ROWS)
     asked = [

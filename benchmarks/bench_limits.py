@@ -24,7 +24,7 @@ def shares(rows: Sequence[Result], limits: Mapping[str, float]) -> str:
         for phase, taken, flops, reads in phases_of(row)
     ]  # fmt: skip
     head = ["row", "phase", "s, ours", "GFLOP needed", "s at the GEMM's rate", "GB of weights read", "s at the copy's rate", "share"]
-    return markdown(head, lines) if lines else ""
+    return markdown(head, lines)
 
 
 def phases_of(row: Result) -> Iterator[tuple[str, float, float, float]]:

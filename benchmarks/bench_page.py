@@ -12,8 +12,7 @@ from benchmarks.bench_table import Result, interval, markdown, notes, number, ph
 def page(results: Mapping[str, Any]) -> str:
     """Machine, ratios, absolute figures, phases of PPO, shares of the limit, rates, growth."""
     rows = results["rows"]
-    compared = [row for row in rows if row["theirs"] or row["must"] is not None]
-    compared = [row for row in compared if "tokens_per_second" not in row]
+    compared = with_a_peer(rows)
     parts = [
         ("The machine", machine(results["machine"], results["limits"], rows)),
         ("Against peers", ratios(compared) + "\n" + notes(compared)),
@@ -24,6 +23,11 @@ def page(results: Mapping[str, Any]) -> str:
         ("Growth", growth(rows)),
     ]
     return "\n".join(f"## {title}\n\n{text}" for title, text in parts if text.strip())
+
+
+def with_a_peer(rows: Sequence[Result]) -> list[Result]:
+    """The rows of the first table: those that have a peer or a bar, but for rates, which have a table of their own."""
+    return [row for row in rows if (row["theirs"] or row["must"] is not None) and "tokens_per_second" not in row]
 
 
 def machine(about: Mapping[str, Any], limits: Mapping[str, float], rows: Sequence[Result]) -> str:
@@ -60,7 +64,7 @@ def rates(rows: Sequence[Result]) -> str:
         for row in rows
         if (found := row.get("tokens_per_second"))
     ]
-    return markdown(["row", "ours", "ours, weights once prepared", "HF generate, batch of 16", "ratio", "spread"], lines) if lines else ""
+    return markdown(["row", "ours", "ours, weights once prepared", "HF generate, batch of 16", "ratio", "spread"], lines)
 
 
 def growth(rows: Sequence[Result]) -> str:
@@ -76,6 +80,6 @@ def growth(rows: Sequence[Result]) -> str:
     ]
     alone = [row for row in rows if not row["theirs"] and row["must"] is None and "curve" not in row]
     others = [[f"`{row['name']}`", number(row["ratio"]), row["metric"], row["note"]] for row in alone]
-    curves = markdown(["point", "x", "seconds", "over the first", "peak MB so far"], points) if points else ""
+    curves = markdown(["point", "x", "seconds", "over the first", "peak MB so far"], points)
     figure = "![Time against batch, length, K and model size](growth.svg)\n\n" if points else ""
-    return figure + curves + ("\n" + markdown(["figure", "value", "of what", "note"], others) if others else "")
+    return f"{figure}{curves}\n{markdown(['figure', 'value', 'of what', 'note'], others)}"

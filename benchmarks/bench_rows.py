@@ -188,10 +188,10 @@ def real_groups(model: str) -> list[Group]:
     ]  # fmt: skip
 
 
-def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: float) -> Group:
+def reward_group(model: str, k: int, prompts: int, precision: str, *, accumulate: int = 1, **bars: Any) -> Group:
     """The same comparisons: K responses a prompt for alignkit, all pairs of them for TRL."""
     short = "fp32" if precision == "float32" else "bf16"
-    note = f"{prompts} prompt{'s' * (prompts > 1)} a step, {k * (k - 1) // 2} pairs each"
+    note = f"a step is {prompts * k * (k - 1) // 2} pairs: {prompts} prompts of {k} responses"
     if accumulate > 1:
         note += f"; the peer accumulates gradients over {accumulate} microbatches: all pairs at once do not fit into 24 GB beside ours"
     peer = trl("trl_reward", f"TRL {short}", autocast=precision == "bfloat16", accumulate=accumulate)
@@ -220,7 +220,7 @@ def tiny_groups(model: str) -> list[Group]:
 
 def quick_groups(model: str) -> list[Group]:
     """What ``make bench-quick`` adds for the tiny model."""
-    text = {"model": model, "vocabulary": 2048}
+    text: dict[str, Any] = {"model": model, "vocabulary": 2048}
     generating = {"alignkit": ours("generate"), "peer": hf(16, "HF generate, batches of 16")}
     return [
         *tiny_groups(model),

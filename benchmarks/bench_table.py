@@ -115,7 +115,9 @@ def interval(row: Result) -> str:
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; columns but the first are aligned to the right."""
+    """A table, columns but the first aligned to the right; nothing without lines."""
+    if not lines:
+        return ""
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
 
