@@ -66,7 +66,7 @@ def main() -> None:
         per_device_train_batch_size=task["episodes"], gradient_accumulation_steps=1, num_mini_batches=1,
         local_rollout_forward_batch_size=task["episodes"], total_episodes=task["episodes"] * task["iterations"],
         num_ppo_epochs=task["epochs"], response_length=task["max_new_tokens"], temperature=1.0, kl_coef=task["kl_coef"],
-        cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, gamma=1.0, lam=0.95, whiten_rewards=False, missing_eos_penalty=None,
+        cliprange=0.2, cliprange_value=task["value_clip"], vf_coef=0.1, gamma=1.0, lam=0.95, whiten_rewards=False, missing_eos_penalty=None,
         learning_rate=task["learning_rate"], lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-5,
         weight_decay=0.0, max_grad_norm=1.0,
     )  # fmt: skip
@@ -79,6 +79,7 @@ def main() -> None:
     def log(metrics: dict[str, float], *rest: Any, **options: Any) -> None:
         if "objective/scores" in metrics:
             curve.append((float(metrics["objective/kl"]), float(metrics["objective/scores"])))
+            print(f"{len(curve)} of {task['iterations']}: {curve[-1]}", file=sys.stderr, flush=True)
 
     trainer.log = log
     trainer.train()

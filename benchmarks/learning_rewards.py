@@ -30,6 +30,11 @@ def sentiment(samples: Sequence[Sample]) -> list[float]:
     return [float(_vader().polarity_scores(sample.response)["compound"]) for sample in samples]
 
 
+def rating(samples: Sequence[Sample]) -> list[float]:
+    """The same on the scale of the people who rated the snippets, from -4 to 4: scores that vary by about 1, as critics expect."""
+    return [4.0 * score for score in sentiment(samples)]
+
+
 def trained(samples: Sequence[Sample]) -> list[float]:
     """The reward model in the folder that LEARNING_REWARD_MODEL names, read at the end-of-sequence token behind the text."""
     import torch
