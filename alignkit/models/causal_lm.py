@@ -90,6 +90,8 @@ class CausalPolicy:
     def save(self, folder: Path) -> None:
         """Write a plain transformers folder, adapters merged; the adapters alone are kept beside it in ``adapter/``."""
         folder.mkdir(parents=True, exist_ok=True)
+        # Whoever generates with it stops where it was taught to stop.
+        self._model.generation_config.eos_token_id = list(self.codec.stop_ids)
         self._model.save_pretrained(folder, state_dict=adapters.merged_state(self._model))
         self.codec.tokenizer.save_pretrained(folder)
         if self._tuning.kind == "lora":

@@ -6,7 +6,7 @@ a decoding step has so little to compute that calling it is a large part of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,12 +81,12 @@ def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: tor
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The products of a layer. ``qkv`` is query, key and value at once, with the scale of attention in the query's weights (rotation keeps
-    lengths), ``gate_up`` likewise; the weights of the norms before them are in theirs.
-    """
+    """``qkv``: the products of query, key and value at once; ``gate_up`` likewise."""
 
+    before_attention: Tensor
     qkv: Product
     out: Product
+    before_mlp: Tensor
     gate_up: Product
     down: Product
     window: int | None
@@ -100,30 +100,30 @@ class LlamaDecoding:
         self.layers: int = config.num_hidden_layers
         self.device: torch.device = base.embed_tokens.weight.device
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
+        self._scale: float = base.layers[0].self_attn.scaling
         self._rotary, self._epsilon = base.rotary_emb, config.rms_norm_eps
         self._embedding, self._norm = base.embed_tokens.weight.detach(), base.norm.weight.detach()
 
-        def joined(names: Sequence[str], scales: Sequence[float] = (1.0,), norm: str | None = None) -> Product:
-            parts = [weights[f"{name}.weight"] * scale for name, scale in zip(names, scales, strict=True)]
-            biases = [weights[f"{name}.bias"] * scale for name, scale in zip(names, scales, strict=True) if f"{name}.bias" in weights]
-            weight = torch.cat(parts) * weights[f"{norm}.weight"] if norm else torch.cat(parts)
-            return product(weight, torch.cat(biases) if biases else None, dtype)
+        def joined(*names: str) -> Product:
+            biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
+            return product(torch.cat([weights[f"{name}.weight"] for name in names]), torch.cat(biases) if biases else None, dtype)
 
         self._layers = []
         for i, layer in enumerate(base.layers):
             at = f"model.layers.{i}"
-            attention = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
             self._layers.append(
                 _Layer(
-                    qkv=joined(attention, (layer.self_attn.scaling, 1.0, 1.0), norm=f"{at}.input_layernorm"),
-                    out=joined([f"{at}.self_attn.o_proj"]),
-                    gate_up=joined([f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], (1.0, 1.0), norm=f"{at}.post_attention_layernorm"),
-                    down=joined([f"{at}.mlp.down_proj"]),
+                    before_attention=layer.input_layernorm.weight.detach(),
+                    qkv=joined(*(f"{at}.self_attn.{name}_proj" for name in "qkv")),
+                    out=joined(f"{at}.self_attn.o_proj"),
+                    before_mlp=layer.post_attention_layernorm.weight.detach(),
+                    gate_up=joined(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+                    down=joined(f"{at}.mlp.down_proj"),
                     # Qwen2 has one a layer, Mistral one for all, Llama none.
                     window=getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None)),
                 )
             )
-        self._head = joined(["lm_head"])
+        self._head = joined("lm_head")
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Last hidden states [n d]."""
@@ -133,18 +133,19 @@ class LlamaDecoding:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         queries, keys = self._heads, self._heads + self._key_heads
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._normed(x)).unflatten(1, (-1, 2 * half))
+            qkv = layer.qkv(self._normed(x, layer.before_attention)).unflatten(1, (-1, 2 * half))
             qk = qkv[:, :keys]
             qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin)
-            gathered = attention.attend(number, qk[:, :queries], qk[:, queries:], qkv[:, keys:], 1.0, layer.window)
+            gathered = attention.attend(number, qk[:, :queries], qk[:, queries:], qkv[:, keys:], self._scale, layer.window)
             x = layer.out(gathered.flatten(1)) + x
-            gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
+            gate, up = layer.gate_up(self._normed(x, layer.before_mlp)).chunk(2, dim=-1)
             x = layer.down(nn.functional.silu(gate).mul_(up)) + x
-        states: Tensor = self._normed(x) * self._norm
-        return states
+        return self._normed(x, self._norm)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x * x.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Not folded into the weights of what follows: where a sequence amplifies rounding, sampler and trainer would drift apart.
+        normed: Tensor = (x * x.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()).mul_(weight)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n v]."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at once: 64 MB of them in float32, whatever the vocabulary.
-_CHUNK = 1 << 24
+# Logits that exist at once, whatever the vocabulary: all of them where they are 64 MB in float32 or less, else 16 MB at a time.
+_KEPT = 1 << 24
+_CHUNK = 1 << 22
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -124,13 +125,15 @@ class _Selective(torch.autograd.Function):
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(_CHUNK // vocabulary, 1)
+    size = max(rows, 1) if rows * vocabulary <= _KEPT else max(_CHUNK // vocabulary, 1)
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Logits / temperature, each row less its largest: so small log-probabilities keep their digits."""
-    scaled = _wide(torch.nn.functional.linear(hidden, weight, bias)) / temperature
+    scaled = _wide(torch.nn.functional.linear(hidden, weight, bias))
+    if temperature != 1.0:
+        scaled = scaled / temperature
     return scaled.sub_(scaled.amax(dim=-1, keepdim=True))
 
 

@@ -90,6 +90,13 @@ def test_a_value_stands_at_the_token_that_it_comes_before() -> None:
     assert torch.equal(values[0, 1:], raw[0, :-1])
 
 
+def test_a_saved_policy_stops_in_transformers_where_it_was_taught_to_stop(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.codec.stop_ids = (3, 1)
+    policy.save(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [3, 1]
+
+
 def test_dropout_is_off_even_where_the_architecture_has_it(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("gpt2"))
     model.config.resid_pdrop = model.config.attn_pdrop = model.config.embd_pdrop = 0.5
