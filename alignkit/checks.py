@@ -19,8 +19,8 @@ EXACT_NATS = 1e-4
 """How far two float32 computations of one log-probability may lie apart, for all but one token in a hundred."""
 
 _OUTLIER_NATS = 1e-3
-"""And for any. Of 1,423 tokens drawn from SmolLM2 after random prompts, two were 1e-4 and 2e-4 nats apart, in a sequence on which the training
-forward itself is 2e-4 off float64."""
+"""And for any. Of 1,423 tokens drawn from SmolLM2 after random prompts, two were 1e-4 and 2e-4 nats apart, in a sequence on which the
+training forward itself is 2e-4 off float64."""
 
 ROUGH_NATS = 0.1
 """How far bfloat16 sampling may be from the training forward, on average over tokens, before it is worth a warning."""
