@@ -11,7 +11,7 @@ if sys.argv[1] == "kept":
 for step in range(6):
     if step == 3:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    several = [torch.ones(3_000_000) for _ in range(16)]
+    several = [torch.ones(12_000_000) for _ in range(3)]  # 48 MB each: more than glibc ever keeps by itself
     del several
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -23,6 +23,5 @@ def faults(memory: str) -> int:
 
 
 def test_memory_that_was_freed_is_used_again_without_asking_the_system() -> None:
-    kept, given_back = faults("kept"), faults("given back")
-    assert kept < 100
-    assert given_back > 1000 * max(kept, 1) / 100
+    assert faults("kept") < 1_000
+    assert faults("given back") > 30_000
