@@ -8,8 +8,8 @@ from alignkit.memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for step in range(6):
-    if step == 3:
+for step in range(16):
+    if step == 12:  # what is kept has settled
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     several = [torch.ones(12_000_000) for _ in range(3)]  # 48 MB each: more than glibc ever keeps by itself
     del several
