@@ -84,7 +84,7 @@ def unequal(group: Group, turns: Sequence[Mapping[str, Answer]]) -> list[str]:
     return found
 
 
-def inexact(group: Group, first: Mapping[str, Answer], bound: float = 1e-3) -> list[str]:
+def inexact(group: Group, first: Mapping[str, Answer], bound: float = 1e-4) -> list[str]:
     """Complaints about recorded log-probabilities that the training forward, in float32, does not share."""
     return [
         f"{group.rows[0].name}: {group.sides[side].label}: recorded log-probabilities are {error:.2g} nats off the training forward"

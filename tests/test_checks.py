@@ -25,12 +25,6 @@ def test_a_ratio_of_one_within_rounding_passes_and_anything_else_stops() -> None
     checks.ratio_is_one(torch.tensor([0.0, 9e-5, -9e-5]), exact=True)
     checks.ratio_is_one(torch.tensor([0.05, 0.0, 0.0, 0.0]), exact=False)  # 0.0125 on average, of 0.02
     checks.ratio_is_one(torch.zeros(0), exact=True)
-    one_in_a_hundred = torch.zeros(100)
-    one_in_a_hundred[7] = 2e-4
-    checks.ratio_is_one(one_in_a_hundred, exact=True)
-    one_in_a_hundred[7] = 2e-3
-    with pytest.raises(RunError, match=r"0\.002 nats"):
-        checks.ratio_is_one(one_in_a_hundred, exact=True)
     with pytest.raises(RunError, match=r"differ by 0\.0002 nats .* likely causes: dropout .* set checks: off"):
         checks.ratio_is_one(torch.tensor([0.0, 2e-4]), exact=True)
     with pytest.raises(RunError, match=r"differ by 0\.03 nats"):
