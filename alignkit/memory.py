@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = 2**31 - 1
@@ -14,10 +15,8 @@ def keep_freed_memory() -> None:
     A training step frees its activations and gradients, and asks for as much again a moment later; a page that was given back must be
     cleared and mapped anew. Where the C library is not glibc, nothing is changed.
     """
-    library = ctypes.CDLL(None)
-    try:
-        library.gnu_get_libc_version  # noqa: B018
-    except AttributeError:
+    if platform.libc_ver()[0] != "glibc":
         return
+    library = ctypes.CDLL(None)
     library.mallopt(_MMAP_THRESHOLD, 1 << 30)
     library.mallopt(_TRIM_THRESHOLD, _LARGEST)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -36,8 +37,8 @@ def main() -> None:
     torch.set_num_threads(told["threads"])
     if told.get("memory_kept", True):
         keep_freed_memory()  # as the runner does
-    for patch in told.get("patches", ()):
-        module, _, name = patch.partition(":")
+    for lever in told.get("patches", ()):
+        module, _, name = lever.partition(":")
         getattr(importlib.import_module(module), name)()
     build = {"ppo": ppo, "sft": sft, "reward": reward, "generate": generate, "one_by_one": one_by_one}[told["task"]]
     step = build(Work(**told["work"]), told, CLOCKS[told["clock"]])
@@ -207,11 +208,8 @@ def first_learner_step(clock: Callable[[], float]) -> Iterator[list[float]]:
             seen.append(clock())
         return plain(self, *args, **kwargs)
 
-    Learner.step = timed  # type: ignore[method-assign]
-    try:
+    with patch.object(Learner, "step", timed):
         yield seen
-    finally:
-        Learner.step = plain  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def measure(told: Mapping[str, Any]) -> dict[str, float]:
         flops = 2.0 * rows * inner * columns
         for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-            ways: list[Callable[[], Any]] = [lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)]  # type: ignore[misc]
+            ways: list[Callable[[], Any]] = [partial(torch.nn.functional.linear, x, weight)]
             if torch.backends.mkldnn.is_available():
-                ways.append(lambda x=x, weight=weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))  # type: ignore[misc]
+                ways.append(partial(torch.ops.mkldnn._linear_pointwise, x, weight, None, "none", [], ""))
             rates = [flops / _seconds(way, clock) / 1e9 for way in ways]
             found[f"{name}_{short}_gflops"] = max(rates)
             found[f"{name}_{short}_linear_gflops"] = rates[0]

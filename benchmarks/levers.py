@@ -61,7 +61,7 @@ def logits_everywhere() -> None:
         scores = plain(self, replace(batch, loss_mask=batch.mask), **options)
         return TokenScores(*(torch.where(batch.loss_mask, x, 0.0) for x in (scores.logprobs, scores.entropy)))
 
-    causal_lm.CausalPolicy.score_tokens = everywhere  # type: ignore[method-assign]
+    _put(causal_lm.CausalPolicy, score_tokens=everywhere)
 
 
 def logits_made_twice() -> None:
@@ -76,7 +76,7 @@ def loop_adamw() -> None:
     def unfused(*weights: Any, **options: Any) -> torch.optim.AdamW:
         return plain(*weights, **{**options, "fused": False, "foreach": False})
 
-    torch.optim.AdamW = unfused  # type: ignore[assignment,misc]
+    _put(torch.optim, AdamW=unfused)
 
 
 def plain_weights() -> None:
@@ -109,5 +109,10 @@ def rows_that_stay() -> None:
         return [event for event in step(self) if event.request not in done]
 
     step = Decoder.step
-    Decoder._remove = keep  # type: ignore[method-assign]
-    Decoder.step = quiet  # type: ignore[method-assign,assignment]
+    _put(Decoder, _remove=keep, step=quiet)
+
+
+def _put(owner: Any, **parts: Any) -> None:
+    """Parts of a module or class in the place of its own, for as long as the worker lives."""
+    for name, part in parts.items():
+        setattr(owner, name, part)

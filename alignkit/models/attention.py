@@ -170,6 +170,7 @@ def embedding_and_head(model: Any) -> tuple[Tensor, Tensor]:
     """The weights of both; the gradients that they get become one without a second matrix of that size, where they are one weight."""
     layer, weight = model.get_input_embeddings(), model.get_output_embeddings().weight
     if type(layer) is nn.Embedding and layer.weight is weight and weight.requires_grad and torch.is_grad_enabled():
+        # As in ops.logprobs: torch leaves Function.apply untyped.
         as_embedding, as_head = _Shared.apply(weight)  # type: ignore[no-untyped-call]
         return as_embedding, as_head
     return layer.weight, weight

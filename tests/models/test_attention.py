@@ -1,5 +1,7 @@
 """The layout that keeps padding out and computes common beginnings once, against the plain forward of transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +70,8 @@ def test_hidden_states_are_those_of_each_row_by_itself(architecture: Architectur
     plainly = AutoModelForCausalLM.from_pretrained(vivid_folder(architecture)).eval()
     with torch.no_grad():
         hidden, line = hidden_states(policy.module, collate([row(*text) for text in texts]))
-        head = policy.module.get_output_embeddings()  # type: ignore[operator]
+        module: Any = policy.module  # a transformers model, which torch knows as a Module
+        head = module.get_output_embeddings()
         for i, text in enumerate(texts):
             assert torch.allclose(head(hidden[line[i, : len(text)]]), plain(plainly, text), atol=1e-4)
 

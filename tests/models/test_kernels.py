@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def test_a_process_computes_with_what_it_was_told() -> None:
 @pytest.mark.parametrize("decode", ["torch", "packed"])
 @pytest.mark.parametrize("bias", [True, False])
 @given(rows=st.integers(1, 40), width=st.integers(1, 70), out=st.integers(1, 70))
-def test_a_prepared_product_is_the_linear_layer(decode: str, bias: bool, rows: int, width: int, out: int) -> None:
-    use(Kernels(decode=decode))  # type: ignore[arg-type]
+def test_a_prepared_product_is_the_linear_layer(decode: Literal["torch", "packed"], bias: bool, rows: int, width: int, out: int) -> None:
+    use(Kernels(decode=decode))
     layer, x = nn.Linear(width, out, bias=bias), torch.randn(rows, width)
     with torch.inference_mode():
         assert torch.allclose(product(layer.weight, layer.bias, torch.float32)(x), layer(x), atol=1e-5)
