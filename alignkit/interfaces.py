@@ -147,7 +147,7 @@ class Rollout:
 
     ``batch``: prompts with their responses, ``loss_mask`` True at response tokens up to and including the stop token.
     ``logprobs`` [b t]: log-probabilities of the sampled tokens under the distribution they were drawn from, 0 elsewhere.
-    ``exact``: whether those agree with the training forward (float32) or must be computed anew (bfloat16 sampling).
+    ``exact``: whether those agree with the training forward (float32, by the same products) or must be computed anew.
     """
 
     samples: tuple[Sample, ...]

@@ -31,7 +31,6 @@ class Learner:
         self._config = config
         self._steps = steps
         self._step = 0
-        self._full: dict[str, Tensor] = {}
         self._adam = torch.optim.AdamW(
             [{"params": list(group.values()), "peak": peak} for peak, group in _by_peak(self._weights, config, peaks or {}).items()],
             lr=config.learning_rate,
@@ -72,12 +71,6 @@ class Learner:
 
     def _clip(self) -> float:
         """Scale the gradient to at most ``clip_norm``; returns the norm it had."""
-        for name, weight in self._weights.items():
-            if weight.grad is not None and weight.grad.is_sparse:
-                # Of an embedding: zeros but for the rows of its batch's tokens. The matrix is kept, since making it anew costs more than
-                # filling it.
-                full = self._full.setdefault(name, torch.empty_like(weight))
-                weight.grad = full.zero_().add_(weight.grad)
         grads = [weight.grad for weight in self._weights.values() if weight.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
         if norm > self._config.clip_norm:

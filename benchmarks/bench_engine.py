@@ -8,6 +8,7 @@ import torch
 
 from alignkit.data.collate import collate
 from alignkit.interfaces import Policy, Rollout
+from alignkit.models import kernels
 from alignkit.models.decoding import Decoding
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.engine import MAX_ROWS
@@ -42,7 +43,7 @@ def rollout(
     logprobs = torch.zeros(batch.ids.shape)
     for i, events in enumerate(drawn):
         logprobs[i, batch.loss_mask[i]] = torch.tensor([event.logprob for event in events])
-    return Rollout(samples, batch, logprobs, exact=policy.exact, policy_version=policy.version)
+    return Rollout(samples, batch, logprobs, exact=policy.exact and kernels.chosen().decode == "torch", policy_version=policy.version)
 
 
 def decode(model: Decoding, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int) -> list[list[Event]]:

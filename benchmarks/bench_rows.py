@@ -250,7 +250,6 @@ def lever_groups(model: str) -> list[Group]:
         ("beginnings_shared_k4", ranked, "reward", "separate_beginnings"),
         ("logits_where_scored", text, "sft", "logits_everywhere"),
         ("logits_kept", text, "sft", "logits_made_twice"),
-        ("sparse_embedding_gradients", text, "sft", "dense_embedding_gradients"),
         ("fused_adamw", text, "sft", "loop_adamw"),
         ("weights_repacked", drawn, "generate", "plain_weights"),
         ("llama_forward", drawn, "generate", "general_forward"),

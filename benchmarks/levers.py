@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import alignkit.models.attention as attention
 import alignkit.models.decoding as decoding
@@ -40,17 +39,6 @@ def separate_beginnings() -> None:
         return plain(replace(batch, ids=marked))
 
     attention.lay_out = apart
-
-
-def dense_embedding_gradients() -> None:
-    """Embedding and head hand in a matrix of the vocabulary's size each."""
-
-    def dense(layer: Any, ids: Tensor, weight: Tensor | None) -> Tensor:
-        out: Tensor = layer(ids)
-        return out
-
-    attention._embedded = dense
-    causal_lm.embedding_and_head = lambda model: (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def logits_everywhere() -> None:

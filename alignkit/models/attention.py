@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -123,57 +123,21 @@ def lay_out(batch: TokenBatch) -> Layout:
     return Layout(places.flatten()[first], first % shape[1], rows, first, line.view(count, width))
 
 
-def run(model: Any, ids: Tensor, positions: Tensor, attention: Attention, embedding: Tensor | None = None) -> Tensor:
-    """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]; ``embedding``: weights in the place of the model's own."""
+def run(model: Any, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]."""
     passed_through = ids.new_zeros(1, 1, 1, 1)  # transformers makes no mask where it is given one of four dimensions
     out = model.base_model(
-        inputs_embeds=_embedded(model.get_input_embeddings(), ids, embedding)[None],
-        position_ids=positions[None],
-        attention_mask=passed_through,
-        use_cache=False,
-        alignkit_attention=attention,
+        input_ids=ids[None], position_ids=positions[None], attention_mask=passed_through, use_cache=False, alignkit_attention=attention
     )
     states: Tensor = out.last_hidden_state[0]
     return states
 
 
-def _embedded(layer: Any, ids: Tensor, weight: Tensor | None) -> Tensor:
-    """Embeddings [n d]. The gradient of a large one is sparse: but for the batch's tokens it is zeros, which take longer to write than a
-    layer takes to compute."""
-    if type(layer) is not nn.Embedding:
-        out: Tensor = layer(ids)
-        return out
-    return nn.functional.embedding(ids, layer.weight if weight is None else weight, layer.padding_idx, sparse=True)
-
-
-def hidden_states(model: Any, batch: TokenBatch, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def hidden_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Last hidden states [n d] of a batch's tokens in line, and where in it each place of the batch [b t] is found."""
     device = next(model.parameters()).device
     layout = lay_out(batch).to(device)
-    return run(model, batch.ids.to(device).flatten()[layout.tokens], layout.positions, layout, embedding), layout.line
-
-
-class _Shared(torch.autograd.Function):
-    """A weight that is both embedding and head, once for each: of the two gradients, the sparse one is put into the other."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.view_as(weight), weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        sparse, dense = grads
-        return dense.add_(sparse)
-
-
-def embedding_and_head(model: Any) -> tuple[Tensor, Tensor]:
-    """The weights of both; the gradients that they get become one without a second matrix of that size, where they are one weight."""
-    layer, weight = model.get_input_embeddings(), model.get_output_embeddings().weight
-    if type(layer) is nn.Embedding and layer.weight is weight and weight.requires_grad and torch.is_grad_enabled():
-        # As in ops.logprobs: torch leaves Function.apply untyped.
-        as_embedding, as_head = _Shared.apply(weight)  # type: ignore[no-untyped-call]
-        return as_embedding, as_head
-    return layer.weight, weight
+    return run(model, batch.ids.to(device).flatten()[layout.tokens], layout.positions, layout), layout.line
 
 
 def prepare(model: Any) -> None:

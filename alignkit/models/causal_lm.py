@@ -14,7 +14,7 @@ from alignkit.data.codec import TemplateCodec
 from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch, TokenScores
 from alignkit.models import adapters, kernels
-from alignkit.models.attention import embedding_and_head, hidden_states, prepare
+from alignkit.models.attention import hidden_states, prepare
 from alignkit.models.config import Precision, TuningConfig
 from alignkit.models.decoding import Decoding, decoding
 from alignkit.ops.logprobs import selective_logprobs
@@ -55,14 +55,14 @@ class CausalPolicy:
         starts = torch.arange(ids.shape[1]) if batch.positions is None else batch.positions
         loss_mask = loss_mask & (starts > 0).to(self.device)
         with autocast(self._precision, self.device):
-            embedding, head = embedding_and_head(self._model)
-            hidden, line = hidden_states(self._model, batch, embedding)
+            hidden, line = hidden_states(self._model, batch)
+            head = self._model.get_output_embeddings()
             scored = loss_mask[:, 1:]
             logprobs, entropy = selective_logprobs(
                 hidden.index_select(0, line[:, :-1][scored]),
-                head,
+                head.weight,
                 ids[:, 1:][scored],
-                bias=self._model.get_output_embeddings().bias,
+                bias=head.bias,
                 temperature=temperature,
                 entropy_gradient=entropy_gradient,
             )

@@ -18,8 +18,8 @@ Product = Callable[[Tensor], Tensor]
 """From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
 
 _CLEARLY = 1.5
-"""What is chosen must not hang on a measurement's noise, since the same run would round differently the next day, and must be worth it: a
-product that is not the trainer's own takes recorded log-probabilities further from the training forward."""
+"""What is chosen must not hang on a measurement's noise, since the same run would round differently the next day, and must be worth it:
+log-probabilities recorded with products that are not the trainer's own are computed anew before they are trained on."""
 
 
 @dataclass(frozen=True, slots=True)

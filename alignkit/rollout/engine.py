@@ -8,6 +8,7 @@ import torch
 
 from alignkit.data.collate import collate
 from alignkit.interfaces import Policy, Rollout
+from alignkit.models import kernels
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.noise import noise_key
 from alignkit.types import PromptRow, Sample, Sampling, TokenRow
@@ -53,4 +54,6 @@ class LocalEngine:
         logprobs = torch.zeros(batch.ids.shape)
         for i, number in enumerate(numbers):
             logprobs[i, batch.loss_mask[i]] = torch.tensor([event.logprob for event in drawn[number]])
-        return Rollout(tuple(samples), batch, logprobs, exact=policy.exact, policy_version=policy.version)
+        # Repacked weights round differently, and a sequence may amplify that: the trainer then computes its own log-probabilities.
+        exact = policy.exact and kernels.chosen().decode == "torch"
+        return Rollout(tuple(samples), batch, logprobs, exact=exact, policy_version=policy.version)

@@ -14,7 +14,8 @@ from torch import nn
 from alignkit.data.collate import collate
 from alignkit.models import kernels
 from alignkit.models.kernels import Kernels, OneDNNLinear, install, probe, product, use
-from alignkit.types import TokenRow
+from alignkit.rollout import LocalEngine
+from alignkit.types import Message, Prompt, PromptRow, Sampling, TokenRow
 from tests.fakes import ARCHITECTURES, tiny_policy
 
 
@@ -88,3 +89,12 @@ def test_a_layer_of_another_kind_is_left_alone() -> None:
     assert [type(part) for part in model] == [OneDNNLinear, Own]
     with torch.autocast("cpu", torch.bfloat16):
         assert model[0](torch.randn(2, 3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("decode", "exact"), [("torch", True), ("packed", False)])
+def test_what_was_recorded_with_other_products_than_the_trainers_is_not_trusted(decode: Literal["torch", "packed"], exact: bool) -> None:
+    use(Kernels(decode=decode))
+    policy = tiny_policy()
+    prompt = Prompt("p", (Message("user", "hello"),), plain=True)
+    rollout = LocalEngine(0).rollout(policy, [PromptRow(prompt, policy.codec.prompt(prompt))], Sampling(4), samples_per_prompt=1, step=0)
+    assert rollout.exact == exact
