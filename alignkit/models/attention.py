@@ -70,10 +70,14 @@ class Layout:
         return Layout(*(x.to(device) for x in (self.tokens, self.positions, self.rows, self.first, self.line)))
 
 
+PAST_BLOCK = 64
+"""The width of a row's past is a multiple of this: the CPU adds up block by block, in the same order however wide other rows are."""
+
+
 def attend_to_past(query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, scale: float | None) -> Tensor:
     """What one token a row, query [n heads d], gathers from keys and values [n key_heads t d] [n heads d].
 
-    ``unseen`` [n t]: True where a row has nothing, or nothing that it may look at.
+    ``unseen`` [n t]: True where a row has nothing, or nothing that it may look at. t is a multiple of ``PAST_BLOCK``.
     """
     n, key_heads, width, d = keys.shape
     grouped = query.to(keys.dtype).unflatten(1, (key_heads, -1))
@@ -85,7 +89,13 @@ def attend_to_past(query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, 
     grouped = (grouped if scale == 1.0 else grouped * scale).flatten(0, 1)
     weights = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).view(n, -1, width)
     weights = weights.masked_fill_(unseen[:, None], float("-inf")).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-    return torch.bmm(weights.view(n * key_heads, -1, width), values.flatten(0, 1)).view(n, -1, d)
+    weights, values = weights.view(n * key_heads, -1, width), values.flatten(0, 1)
+    # In one product the library would cut the sum at places that depend on its length; an empty block adds exactly 0.
+    gathered = torch.bmm(weights[..., :PAST_BLOCK], values[:, :PAST_BLOCK])
+    for start in range(PAST_BLOCK, width, PAST_BLOCK):
+        block = slice(start, start + PAST_BLOCK)
+        gathered.baddbmm_(weights[..., block], values[:, block])
+    return gathered.view(n, -1, d)
 
 
 def lay_out(batch: TokenBatch) -> Layout:

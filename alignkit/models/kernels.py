@@ -88,6 +88,18 @@ def probe() -> Kernels:
     )
 
 
+def for_serving() -> Kernels:
+    """Products in which no row's numbers depend on how many rows there are, where oneDNN has them: what one is answered does not hang on
+    who else asks. A matrix product of torch's own splits its sums by the number of rows.
+    """
+    if torch.cuda.is_available():
+        return Kernels(bfloat16=torch.cuda.is_bf16_supported())
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        there = _has_onednn(torch.randn(16, 576, generator=generator), torch.randn(1536, 576, generator=generator))
+    return Kernels(decode="packed" if there else "torch")
+
+
 def _seconds(*works: Callable[[], object]) -> list[float]:
     """The fastest of several goes of each, turn by turn, so that what else the machine does is felt by all of them."""
     found: list[list[float]] = [[] for _ in works]
@@ -113,6 +125,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias with oneDNN; ``weight`` [v d] plain or from ``_packed``."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def _of_two_rows_or_more(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``_onednn``, where a row's numbers are the same whatever rows are beside it: a single one would be added up in another order."""
+    return _onednn(x, packed, bias) if len(x) > 1 else _onednn(torch.cat((x, x)), packed, bias)[:1]
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -167,5 +184,5 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     bias = None if bias is None else bias.detach().to(dtype)
     if weight.device.type == "cpu" and chosen().decode == "packed":
         packed = _packed(weight)
-        return lambda x: _onednn(x.to(dtype), packed, bias)
+        return lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias)
     return lambda x: nn.functional.linear(x.to(dtype), weight, bias)

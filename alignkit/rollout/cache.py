@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit.models.attention import Layout, attend_to_past
+from alignkit.models.attention import PAST_BLOCK, Layout, attend_to_past
 
-_COLUMNS = 64  # a block is widened by at least so many
 _ROWS = 8
 
 
@@ -32,7 +31,7 @@ class Cache:
     def begin_step(self) -> None:
         """Every row is about to get one token more; ``lengths`` counts it already."""
         self.lengths += 1
-        self._width = int(self.lengths.max())
+        self._width = _whole_blocks(int(self.lengths.max()))
         self._reserve(len(self), self._width)
         heads, columns = self._keys.shape[2:4]
         rows = torch.arange(len(self) * heads, device=self.lengths.device)
@@ -86,13 +85,17 @@ class Cache:
         if rows <= had_rows and columns <= had_columns:
             return
         rows = max(rows, had_rows) if rows <= had_rows else rows + _ROWS
-        columns = had_columns if columns <= had_columns else max(columns + _COLUMNS, columns * 3 // 2)
+        columns = had_columns if columns <= had_columns else _whole_blocks(max(columns + PAST_BLOCK, columns * 3 // 2))
         keys, values = self._keys, self._values
         self._keys = keys.new_empty(self._layers, rows, heads, columns, d)
         self._values = values.new_zeros(self._layers, rows, heads, columns, d)
         if keys.numel():
             self._keys[:, :had_rows, :, :had_columns] = keys
             self._values[:, :had_rows, :, :had_columns] = values
+
+
+def _whole_blocks(columns: int) -> int:
+    return -(-columns // PAST_BLOCK) * PAST_BLOCK
 
 
 @dataclass(frozen=True, slots=True)

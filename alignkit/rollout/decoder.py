@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,44 +16,65 @@ from alignkit.data.collate import collate, length_buckets
 from alignkit.models.attention import lay_out
 from alignkit.models.decoding import Decoding
 from alignkit.rollout.cache import Cache
+from alignkit.rollout.filters import NONE, Filters, filtered
 from alignkit.rollout.noise import draw, uniforms
 from alignkit.types import TokenRow
 
-_PREFILL_TOKENS = 8192
-"""Prompt tokens of one forward: enough to keep a processor busy, and what bounds a prefill's memory."""
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one step: enough to keep a processor busy, and what bounds a prefill's memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to draw. ``noise_key`` fixes its randomness wherever and whenever it is drawn."""
+    """One response to draw. ``noise_key`` fixes its randomness wherever and whenever it is drawn.
+
+    ``report``: None, or of how many of the likeliest tokens the model's own log-probabilities are wanted, besides the drawn token's.
+    """
 
     ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float
     stop_ids: tuple[int, ...]
     noise_key: int
+    filters: Filters = NONE
+    report: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from softmax(logits / temperature), with nothing done to it."""
+        return self.temperature > 0.0 and self.filters == NONE
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One new token of a request; ``finished`` says why it is the last one."""
+    """One new token of a request; ``finished`` says why it is the last one.
+
+    ``logprob``: of the distribution it was drawn from. ``raw``, where the request wants a report: of the model's own (temperature 1, no
+    filters); ``likeliest``: tokens with theirs, the likeliest first.
+    """
 
     request: int
     token: int
     logprob: float
     finished: Literal["stop", "length"] | None
+    raw: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 class Decoder:
     """Decodes with the model that a policy's ``decoding()`` gives.
 
-    At most ``max_rows`` requests are decoded at once; the others wait, longest prompt first, so that prompts of about one length are
-    prefilled together. Row i of the cache is that of ``_rows[i]``; a row that is done is gone at once, so that no step computes for it.
+    At most ``max_rows`` requests are decoded at once; the others wait and come in as they came, prompts of about ``prefill_tokens``
+    tokens a step. Row i of the cache is that of ``_rows[i]``; a row that is done is gone at once, so that no step computes for it.
+    ``together``: prompts that come in at once go through one forward, which computes once what they begin with; otherwise each has a
+    forward of its own, so that no number of a response depends on who else is there (given products that do not either).
     """
 
-    def __init__(self, model: Decoding, *, max_rows: int) -> None:
+    def __init__(self, model: Decoding, *, max_rows: int, prefill_tokens: int = PREFILL_TOKENS, together: bool = True) -> None:
         self._model = model
         self._max_rows = max_rows
+        self._prefill_tokens = prefill_tokens
+        self._together = together
         self._device = model.device
         self._cache = Cache(model.layers, model.device)
         self._waiting: dict[int, Request] = {}
@@ -84,20 +105,28 @@ class Decoder:
         return events + self._admit()
 
     def _decode(self) -> list[Event]:
-        tokens = torch.tensor([row.last for row in self._rows], device=self._device)
+        tokens = torch.tensor([row.tokens[-1] for row in self._rows], device=self._device)
         self._cache.begin_step()
         hidden = self._model.hidden(tokens, self._cache.lengths - 1, self._cache)
         return self._sample(hidden, 0)
 
     def _admit(self) -> list[Event]:
-        longest = sorted(self._waiting, key=lambda number: -len(self._waiting[number].ids))
-        chosen = longest[: self._max_rows - len(self._rows)]
+        chosen = list(self._next_in_line())
         lengths = [len(self._waiting[number].ids) for number in chosen]
+        buckets = length_buckets(lengths, self._prefill_tokens) if self._together else [[i] for i in range(len(chosen))]
         events = []
-        for bucket in length_buckets(lengths, _PREFILL_TOKENS):
-            requests = [(chosen[i], self._waiting.pop(chosen[i])) for i in bucket]
-            events += self._prefill(requests)
+        for bucket in buckets:
+            events += self._prefill([(chosen[i], self._waiting.pop(chosen[i])) for i in bucket])
         return events
+
+    def _next_in_line(self) -> Iterator[int]:
+        """Who comes in now: as many as find room, and whose prompts are computed in one step; one prompt always is."""
+        room, tokens = self._max_rows - len(self._rows), self._prefill_tokens
+        for number, request in self._waiting.items():
+            if room == 0 or tokens <= 0:
+                return
+            yield number
+            room, tokens = room - 1, tokens - len(request.ids)
 
     def _prefill(self, requests: Sequence[tuple[int, Request]]) -> list[Event]:
         """Compute prompts, each beginning that several have in common once, and draw the first tokens."""
@@ -116,10 +145,12 @@ class Decoder:
         rows = self._rows[start:]
         logits = self._model.logits(hidden)
         keys = torch.tensor([row.request.noise_key for row in rows], device=self._device)
-        counts = torch.tensor([row.count for row in rows], device=self._device)
-        temperatures = torch.tensor([row.request.temperature for row in rows], device=self._device)
-        drawn, scores = draw(logits, uniforms(keys, counts), temperatures)
+        counts = torch.tensor([len(row.tokens) for row in rows], device=self._device)
+        # What is filtered has been divided by its temperature.
+        temperatures = torch.tensor([row.request.temperature if row.request.plain else 1.0 for row in rows], device=self._device)
+        drawn, scores = draw(_filtered(logits, rows), uniforms(keys, counts), temperatures)
         events = [row.take(*found) for row, *found in zip(rows, drawn.tolist(), scores.tolist(), strict=True)]
+        events = _reported(events, logits, rows)
         self._remove([start + i for i, event in enumerate(events) if event.finished])
         return events
 
@@ -134,19 +165,44 @@ class Decoder:
 
 @dataclass(slots=True)
 class _Row:
-    """A request that is being decoded."""
+    """A request that is being decoded, and its response so far."""
 
     number: int
     request: Request
-    count: int = 0
-    last: int = 0
+    tokens: list[int] = field(default_factory=list)
 
     def take(self, token: int, logprob: float) -> Event:
         """The row's next token."""
-        self.count, self.last = self.count + 1, token
+        self.tokens.append(token)
         finished: Literal["stop", "length"] | None = None
         if token in self.request.stop_ids:
             finished = "stop"
-        elif self.count == self.request.max_new_tokens:
+        elif len(self.tokens) == self.request.max_new_tokens:
             finished = "length"
         return Event(self.number, token, logprob, finished)
+
+
+def _filtered(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """``logits`` [n v] with the filters of those rows that have some."""
+    if all(row.request.plain for row in rows):
+        return logits
+    own = [
+        line.float() if row.request.plain else filtered(line, row.request.filters, row.request.temperature, row.tokens)
+        for row, line in zip(rows, logits, strict=True)
+    ]
+    return torch.stack(own)
+
+
+def _reported(events: list[Event], logits: Tensor, rows: Sequence[_Row]) -> list[Event]:
+    """The events, with the model's own log-probabilities for the rows that want them. ``logits`` [n v]."""
+    wanted = [i for i, row in enumerate(rows) if row.request.report is not None]
+    if not wanted:
+        return events
+    own = logits[wanted].float().log_softmax(dim=-1)
+    drawn = own.gather(1, torch.tensor([[events[i].token] for i in wanted], device=own.device)).squeeze(1).tolist()
+    count = max(rows[i].request.report or 0 for i in wanted)
+    best = own.topk(count)
+    for i, raw, values, tokens in zip(wanted, drawn, best.values.tolist(), best.indices.tolist(), strict=True):
+        likeliest = tuple(zip(tokens, values, strict=True))[: rows[i].request.report]
+        events[i] = replace(events[i], raw=raw, likeliest=likeliest)
+    return events

@@ -28,8 +28,11 @@ class LocalEngine:
         asked = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
         with policy.decoding() as model:
             decoder = Decoder(model, max_rows=MAX_ROWS)
-            numbers = [
-                decoder.add(
+            numbers = [0] * len(asked)
+            # Prompts of about one length come in together, the longest first.
+            for i in sorted(range(len(asked)), key=lambda i: -len(asked[i][0].ids)):
+                row, index = asked[i]
+                numbers[i] = decoder.add(
                     Request(
                         ids=row.ids,
                         max_new_tokens=sampling.max_new_tokens,
@@ -38,8 +41,6 @@ class LocalEngine:
                         noise_key=noise_key(self._seed, step, row.prompt.id, index),
                     )
                 )
-                for row, index in asked
-            ]
             drawn: dict[int, list[Event]] = {number: [] for number in numbers}
             while decoder.busy:
                 for event in decoder.step():
