@@ -6,6 +6,8 @@ from alignkit.hookspecs import hookimpl
 from alignkit.interfaces import (
     API_VERSION,
     Codec,
+    Command,
+    CommandSpec,
     DataSource,
     DataSpec,
     Evaluator,
@@ -49,6 +51,8 @@ __all__ = [
     "API_VERSION",
     "AlignkitError",
     "Codec",
+    "Command",
+    "CommandSpec",
     "Component",
     "Context",
     "DataError",

@@ -12,6 +12,8 @@ import click
 
 import alignkit
 from alignkit.errors import AlignkitError, Interrupted
+from alignkit.interfaces import Command
+from alignkit.registry import find_plugins
 
 _OF_THE_DISK = frozenset(
     [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG]
@@ -20,7 +22,23 @@ _OF_THE_DISK = frozenset(
 
 
 class _Guarded(click.Group):
-    """Turns whatever goes wrong into a message and an exit code: 2 for what the user can repair, 1 for a bug."""
+    """Commands of its own and of plugins. Turns whatever goes wrong into a message and an exit code: 2 for what the user can repair, 1
+    for a bug.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *find_plugins().specs(Command)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        registry = find_plugins()
+        if cmd_name not in registry.specs(Command):
+            return None
+        command = registry.command(cmd_name).build()
+        assert isinstance(command, click.Command)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -87,7 +105,6 @@ def check(config: Path, overrides: tuple[str, ...]) -> None:
     If there is none: every value with its origin, and what the run will take.
     """
     from alignkit.config import estimate, explain, load_config
-    from alignkit.registry import find_plugins
 
     loaded = load_config(config, overrides, find_plugins())
     click.echo(explain(loaded))
@@ -101,7 +118,6 @@ def plugins() -> None:
     Kinds are listed by what they are, with the package they came in; failures with their cause and remedy.
     """
     from alignkit.listing import describe_plugins
-    from alignkit.registry import find_plugins
 
     click.echo(describe_plugins(find_plugins()))
 
@@ -114,7 +130,6 @@ def schema(output: Path | None) -> None:
     The keys of every installed plugin are included.
     """
     from alignkit.config import json_schema
-    from alignkit.registry import find_plugins
 
     text = json.dumps(json_schema(find_plugins()), indent=2) + "\n"
     if output is None:
@@ -154,7 +169,6 @@ def preview(config: Path, stage: str, rows: int) -> None:
     """Show the first rows of a STAGE of CONFIG as the model will see them."""
     from alignkit.config import load_config
     from alignkit.data.preview import preview as render
-    from alignkit.registry import find_plugins
 
     registry = find_plugins()
     click.echo(render(load_config(config, (), registry), registry, stage, rows))

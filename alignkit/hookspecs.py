@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pluggy
 
-from alignkit.interfaces import DataSpec, EvaluatorSpec, OptimizerSpec, PolicySpec, RewardSpec, TrackerSpec
+from alignkit.interfaces import CommandSpec, DataSpec, EvaluatorSpec, OptimizerSpec, PolicySpec, RewardSpec, TrackerSpec
 
 hookspec = pluggy.HookspecMarker("alignkit")
 hookimpl = pluggy.HookimplMarker("alignkit")
@@ -41,3 +41,8 @@ def register_evaluators() -> list[EvaluatorSpec]:
 @hookspec
 def register_trackers() -> list[TrackerSpec]:
     """Places where metrics go."""
+
+
+@hookspec
+def register_commands() -> list[CommandSpec]:
+    """Commands of the command line, beside its own."""

@@ -217,6 +217,12 @@ class Tracker(Protocol):
         """Flush; nothing follows."""
 
 
+class Command(Protocol):
+    """A command of the command line: a ``click.Command``."""
+
+    name: str | None
+
+
 Feed = Literal["demonstrations", "rankings", "rollouts"]
 Artifact = Literal["policy", "reward_model"]
 
@@ -283,3 +289,16 @@ class TrackerSpec(Spec):
     """``build(config, folder)`` makes the tracker of the run in ``folder``."""
 
     build: Callable[[Any, Path], Tracker]
+
+
+@dataclass(frozen=True)
+class NoKeys:
+    """The config of what no config names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec(Spec):
+    """``build()`` makes the ``click.Command`` that is called ``kind``, when it is first asked for."""
+
+    config: type = NoKeys
+    build: Callable[[], Command]

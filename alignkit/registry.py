@@ -17,6 +17,8 @@ from alignkit import hookspecs
 from alignkit.errors import PluginError
 from alignkit.interfaces import (
     API_VERSION,
+    Command,
+    CommandSpec,
     DataSource,
     DataSpec,
     Evaluator,
@@ -53,6 +55,7 @@ EXTENSIONS = (
     Extension(DataSource, DataSpec, "data source", hookspecs.register_data_sources.__name__),
     Extension(Evaluator, EvaluatorSpec, "evaluator", hookspecs.register_evaluators.__name__),
     Extension(Tracker, TrackerSpec, "tracker", hookspecs.register_trackers.__name__),
+    Extension(Command, CommandSpec, "command", hookspecs.register_commands.__name__),
 )
 
 _UNINSTALL = "uninstall all but one of them"
@@ -135,6 +138,10 @@ class Registry:
     def tracker(self, kind: str) -> TrackerSpec:
         """The tracker of that kind."""
         return cast(TrackerSpec, self.spec(Tracker, kind))
+
+    def command(self, name: str) -> CommandSpec:
+        """The command of that name."""
+        return cast(CommandSpec, self.spec(Command, name))
 
     def _claims(self, interface: type) -> dict[str, list[tuple[PluginInfo, Spec]]]:
         """Who declares which kind."""

@@ -86,6 +86,16 @@ class Decoder:
         """Whether any request is unfinished."""
         return bool(self._rows or self._waiting)
 
+    @property
+    def rows(self) -> int:
+        """How many requests are being decoded."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """How many have not come in yet."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> int:
         """Queue a request; its number names it in events."""
         number, self._next = self._next, self._next + 1
@@ -103,6 +113,16 @@ class Decoder:
         """One token for every row being decoded, and the first one for the requests that now find room."""
         events = self._decode() if self._rows else []
         return events + self._admit()
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """Log-probabilities (temperature 1, nats) of the tokens of a sequence but its first, by the products that answer requests."""
+        batch = collate([TokenRow("", tuple(ids), (True,) * len(ids))])
+        layout = lay_out(batch).to(self._device)
+        line = batch.ids.to(self._device).flatten()[layout.tokens]
+        logits = self._model.logits(self._model.hidden(line, layout.positions, layout)[:-1])
+        scores: list[float] = logits.float().log_softmax(dim=-1).gather(1, line[1:, None]).squeeze(1).tolist()
+        return scores
 
     def _decode(self) -> list[Event]:
         tokens = torch.tensor([row.tokens[-1] for row in self._rows], device=self._device)

@@ -1,0 +1,102 @@
+"""The application: routes, each with the scope that it needs, and errors in OpenAI's form wherever they come from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.exceptions import HTTPException
+
+import alignkit
+from alignkit.api import AlignkitError
+from alignkit_serve.auth import Keys, scopes_of
+from alignkit_serve.envelope import Envelope
+from alignkit_serve.errors import ApiError, unavailable
+from alignkit_serve.routes import admin, completions, health, models, pages, stored
+from alignkit_serve.service import Service
+from alignkit_serve.settings import Limits
+from alignkit_serve.store import StoreError, StoreUnavailable
+
+_LOG = logging.getLogger(__name__)
+
+ROUTERS = (completions.router, stored.router, models.router, admin.router, health.router, pages.router)
+"""Every route that there is."""
+
+Opening = Callable[[], AbstractAsyncContextManager[Service]]
+"""Opens the service when the event loop runs, and closes it at the end."""
+
+
+def create_app(opening: Opening, keys: Keys, limits: Limits) -> FastAPI:
+    """The application around a service. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with opening() as service:
+            app.state.service = service
+            yield
+            app.state.service = None
+
+    app = FastAPI(title="alignkit", version=alignkit.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service, app.state.keys, app.state.begun = None, keys, int(time.time())
+    app.state.figures = figures = CollectorRegistry()
+    scopes_of(ROUTERS)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(AlignkitError, _refused)
+    app.add_exception_handler(Exception, _bug)
+    app.add_middleware(
+        cast(Any, Envelope),
+        body_bytes=limits.body_bytes,
+        requests=Counter("alignkit_requests", "requests by method, route and status", ["method", "route", "status"], registry=figures),
+        seconds=Histogram("alignkit_request_seconds", "until the last byte was sent", ["route"], registry=figures),
+    )
+    return app
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, ApiError):
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        error = ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers)
+    return JSONResponse(error.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Every field that is wrong, in words; ``param`` is the first."""
+    assert isinstance(error, RequestValidationError)
+    problems = [(_where(each["loc"]), each["msg"]) for each in error.errors()]
+    message = "; ".join(f"{where}: {text}" if where else text for where, text in dict.fromkeys(problems))
+    return await _http_error(request, ApiError(400, "invalid_request", message[:2000], param=problems[0][0] or None))
+
+
+def _where(location: Any) -> str:
+    """``messages[0].content`` for a field; of the forms that a field may have, pydantic names each, which says nothing to a client."""
+    path = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier():
+            path += f".{part}" if path else part
+    return path.removesuffix(".str").removesuffix(".list")
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, StoreUnavailable):
+        return await _http_error(request, unavailable("store_unavailable", str(error), 5))
+    code = "conflict" if isinstance(error, StoreError) else "refused"
+    status = 409 if isinstance(error, StoreError) else 400
+    return await _http_error(request, ApiError(status, code, str(error), headers={"x-should-retry": "false"}))
+
+
+async def _bug(request: Request, error: Exception) -> JSONResponse:
+    _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await _http_error(request, ApiError(500, "internal_error", "the server made a mistake; its log has the details"))

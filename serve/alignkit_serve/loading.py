@@ -1,0 +1,74 @@
+"""From an artifact to a warm engine: hashes first, then the weights, then the numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alignkit.models import kernels
+from alignkit.models.causal_lm import CausalPolicy, load, resolve_precision
+from alignkit.models.config import TuningConfig
+from alignkit_serve.artifact import Artifact, ArtifactError, check_template, locate, probe, read_content
+from alignkit_serve.http_engine import HttpEngine
+from alignkit_serve.roster import Warm
+from alignkit_serve.store.policies import PolicyVersion
+from alignkit_serve.torch_engine import TorchEngine
+
+
+async def load_policy(path: Path, *, max_rows: int) -> Warm:
+    """The policy that ``path`` means, loaded and through its gates. Raises ``AlignkitError``."""
+    artifact = await asyncio.to_thread(locate, path)
+    content = await asyncio.to_thread(read_content, artifact)
+    # As it was trained; an answer must not depend on who else asks, where the library has products for that.
+    kernels.use(kernels.for_serving())
+    precision = resolve_precision(artifact.precision)
+    policy = await asyncio.to_thread(_load, artifact, precision)
+    check_template(artifact, policy.codec.template_hash)
+    engine = await TorchEngine(policy, policy.codec, context_tokens=_context_tokens(policy), max_rows=max_rows).started()
+    try:
+        gap = await probe(artifact, precision, engine.score)
+    except BaseException:
+        await engine.close()
+        raise
+    version = PolicyVersion(
+        id=content.version,
+        name=f"{artifact.name}@{content.version}",
+        base_model=str(policy.module.config.model_type),  # type: ignore[union-attr]
+        path=str(artifact.folder),
+        manifest_sha256=artifact.manifest_sha256,
+        tokenizer_sha256=content.tokenizer_sha256,
+        template_sha256=policy.codec.template_hash,
+        created_at=datetime.now(UTC),
+    )
+    gates = {
+        "files": "as the manifest says" if artifact.manifest else "hashed; there is no manifest to compare with",
+        "template": "the trainer's" if artifact.manifest else "not compared",
+        "probe_gap_nats": gap,
+    }
+    return Warm(version, engine, gates)
+
+
+async def load_upstream(path: Path, *, url: str, key: str | None) -> Warm:
+    """The model that another server calls ``path``. Raises ``AlignkitError`` where it has none of that name."""
+    model = str(path.relative_to(Path.cwd()) if path.is_absolute() else path)
+    version = hashlib.sha256(f"{url} {model}".encode()).hexdigest()[:12]
+    engine = await HttpEngine(url, model, api_key=key, policy_version=version).started()
+    named = PolicyVersion(
+        id=version, name=f"{model}@{version}", base_model=model, path=str(path), template_sha256="", created_at=datetime.now(UTC)
+    )
+    return Warm(named, engine, {"files": "another server's", "template": "another server's", "probe_gap_nats": None})
+
+
+def _load(artifact: Artifact, precision: str) -> CausalPolicy:
+    # Code that comes with a model is not run: whoever can name a folder here must not be able to run anything.
+    return load(artifact.folder, tuning=TuningConfig(), precision=precision, trainable=False, seed=0)  # type: ignore[arg-type]
+
+
+def _context_tokens(policy: CausalPolicy) -> int:
+    config = policy.module.config
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(found, int):
+        raise ArtifactError(f"the model of type {config.model_type!r} does not say how long a text it can read (max_position_embeddings)")  # type: ignore[union-attr]
+    return found

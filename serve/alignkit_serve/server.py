@@ -1,0 +1,161 @@
+"""Runs the application: binds where it may, starts the policy, and on SIGTERM lets what is in progress finish."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import click
+import uvicorn
+
+from alignkit.api import AlignkitError
+from alignkit_serve.app import create_app
+from alignkit_serve.auth import Keys
+from alignkit_serve.roster import Load, Roster
+from alignkit_serve.service import Service
+from alignkit_serve.settings import Limits
+from alignkit_serve.store import Store, inferences, keys, secrets
+
+
+class ServeError(AlignkitError):
+    """Settings that do not go together, or an address that cannot be had."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What ``alignkit serve`` was told. ``models``: the folder that policies may be taken from while it runs."""
+
+    policy: Path
+    host: str
+    port: int
+    store: str
+    auth: bool
+    models: Path
+    limits: Limits
+
+
+def serve(settings: Settings, load: Load) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises ``AlignkitError`` before anything is bound where it cannot."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for library in ("alembic", "httpx"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    with Store.open(settings.store) as store:
+        check_exposure(settings, has_keys=bool(store.read(keys.listed)))
+        listening = _bound(settings.host, settings.port)
+        opening = partial(opened, settings, store, load)
+        app = create_app(opening, Keys(store, required=settings.auth), settings.limits)
+        config = uvicorn.Config(
+            app,
+            access_log=False,  # ours names no ids and no queries
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
+            h11_max_incomplete_event_size=64 << 10,
+        )
+        server = _Server(config, app.state, settings.limits)
+        server.run(sockets=[listening])
+        if server.failure:
+            raise server.failure
+
+
+def check_exposure(settings: Settings, *, has_keys: bool) -> None:
+    """Whether the address may be listened on. Raises ``ServeError``: beyond this machine only holders of keys may ask."""
+    if _is_loopback(settings.host):
+        return
+    if not settings.auth:
+        raise ServeError(f"--no-auth with --host {settings.host} would let anyone on the network ask; allowed with --host 127.0.0.1 alone")
+    if not has_keys:
+        raise ServeError(
+            f"--host {settings.host} is reachable from other machines and there is no API key yet; make one first: "
+            f"alignkit keys create --scopes infer --store {shown_store(settings.store)}"
+        )
+
+
+def shown_store(url: str) -> str:
+    """A store's URL without its password."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+@asynccontextmanager
+async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[Service]:
+    swept = await store.awrite(inferences.sweep)
+    if swept:
+        click.echo(f"{swept} answers were in progress when the last server died; they are marked as aborted")
+    roster = Roster(store, load, settings.models)
+    secret = await store.awrite(lambda connection: secrets.secret(connection, "end-users"))
+    service = Service(store, roster, settings.limits, secret)
+    try:
+        policy = await roster.open(settings.policy)
+        click.echo(_greeting(settings, policy))
+        yield service
+        await service.drain()
+    finally:
+        await roster.close()
+
+
+def _greeting(settings: Settings, policy: str) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    store = shown_store(settings.store)
+    key = f"make a key: alignkit keys create --scopes infer --store {store}" if settings.auth else "no key is needed (--no-auth)"
+    return f"http://{host}:{settings.port} serves {policy}; store {store}; {key}"
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but the first signal drains: it goes on answering 503 to new work, so that a balancer sees it, until the old is done."""
+
+    def __init__(self, config: uvicorn.Config, state: object, limits: Limits) -> None:
+        super().__init__(config)
+        self._state, self._limits = state, limits
+        self._draining: asyncio.Task[None] | None = None
+        self.failure: AlignkitError | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, a second one stops at once."""
+        service: Service | None = getattr(self._state, "service", None)
+        if self._draining or service is None:
+            super().handle_exit(sig, frame)
+            return
+        click.echo("draining: no new work is taken; once more stops at once", err=True)
+        loop = asyncio.get_event_loop_policy().get_event_loop()
+        loop.call_soon_threadsafe(self._drain, service, sig, frame)
+
+    def _drain(self, service: Service, sig: int, frame: FrameType | None) -> None:
+        async def drain() -> None:
+            await service.drain()
+            uvicorn.Server.handle_exit(self, sig, frame)
+
+        self._draining = asyncio.get_running_loop().create_task(drain())
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ``ServeError`` that says why it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise ServeError(
+            f"{host}:{port} cannot be listened on: {os.strerror(error.errno or 0) if error.errno else error}; choose another --port"
+        ) from error
+    return found

@@ -1,0 +1,231 @@
+"""The engine of this process: one thread that steps the decoder of ``alignkit.rollout``; requests join and leave between any two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from alignkit.api import DataError, Policy, Prompt
+from alignkit.models.decoding import Decoding
+from alignkit.rollout.decoder import Decoder, Event, Request
+from alignkit.rollout.filters import Filters
+from alignkit.rollout.noise import noise_key
+from alignkit_serve.engine import Capabilities, Encoded, EngineError, Likely, Parameters, Piece, PromptError, Token
+from alignkit_serve.text import TextStream, TokenBytes
+
+_PREFILL_TOKENS = 1024
+"""Prompt tokens of one step: while they are computed, nobody's answer grows."""
+
+_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """Delivered to every answer when the thread had to stop."""
+
+    error: BaseException
+
+
+class TorchEngine:
+    """Answers with one policy. At most ``max_rows`` answers grow at once, the others wait in the order in which they came.
+
+    Made in a running event loop, to which it delivers. ``batch_invariant`` is not believed but tried, once, with this policy.
+    """
+
+    name = "torch"
+
+    def __init__(self, policy: Policy, codec: Any, *, context_tokens: int, max_rows: int) -> None:
+        self._policy, self._codec = policy, codec
+        self._context_tokens, self._max_rows = context_tokens, max_rows
+        self._bytes = TokenBytes(codec.tokenizer)
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count()
+        self._inbox: queue.SimpleQueue[Callable[[Decoder], None] | None] = queue.SimpleQueue()
+        self._answers: dict[int, asyncio.Queue[Event | _Broken]] = {}
+        self._of: dict[int, int] = {}  # the decoder's number of an answer -> ours; the thread's
+        self._broken: BaseException | None = None
+        self._rows = self._waiting = self._drawn = 0
+        self._invariant = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="alignkit-engine", daemon=True)
+        self._thread.start()
+
+    async def started(self) -> TorchEngine:
+        """Wait until the weights are prepared. Raises ``EngineError`` when that failed."""
+        await asyncio.to_thread(self._ready.wait)
+        if self._broken:
+            raise self._stopped()
+        return self
+
+    def capabilities(self) -> Capabilities:
+        """Everything but what no engine here has."""
+        return Capabilities(
+            context_tokens=self._context_tokens,
+            top_logprobs=_TOP_LOGPROBS,
+            behaviour_logprobs=True,
+            token_ids=True,
+            top_k=True,
+            batch_invariant=self._invariant,
+        )
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """The prompt in the policy's own template."""
+        try:
+            ids = self._codec.prompt(prompt)
+        except DataError as error:
+            raise PromptError(str(error)) from error
+        if not ids:
+            raise PromptError("the prompt has no tokens")
+        return Encoded(prompt, ids, len(ids))
+
+    async def generate(self, prompt: Encoded, parameters: Parameters) -> AsyncGenerator[Piece]:
+        """One answer. Its row leaves the batch as soon as the iterator is closed."""
+        if self._broken:
+            raise self._stopped()
+        number, events = next(self._numbers), asyncio.Queue[Event | _Broken]()
+        self._answers[number] = events
+        request = self._request(prompt, parameters)
+        held: list[int] = []  # the decoder's own number, known once the thread has taken the request in
+        self._inbox.put(lambda decoder: self._take_in(decoder, number, request, held))
+        stream = TextStream(self._codec.tokenizer, parameters.stop)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, _Broken):
+                    raise self._stopped()
+                piece = stream.take(self._token(event), event.finished)
+                yield piece
+                if piece.finished:
+                    return
+        finally:
+            del self._answers[number]
+            self._inbox.put(lambda decoder: self._let_go(decoder, held))
+
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of a sequence's tokens but the first, by the weights and products that answer (nats)."""
+        found: asyncio.Future[list[float]] = self._loop.create_future()
+        self._inbox.put(lambda decoder: self._post(partial(found.set_result, decoder.score(ids))))
+        return await found
+
+    async def close(self) -> None:
+        """End the thread and let go of the weights."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def figures(self) -> Mapping[str, float]:
+        """As of the last step."""
+        return {"rows": self._rows, "waiting": self._waiting, "tokens": self._drawn}
+
+    def _request(self, prompt: Encoded, parameters: Parameters) -> Request:
+        room = self._context_tokens - len(prompt.ids)
+        seed, choice = parameters.noise
+        return Request(
+            ids=prompt.ids,
+            max_new_tokens=min(room, parameters.max_tokens or room),
+            temperature=parameters.temperature,
+            stop_ids=self._codec.stop_ids,
+            noise_key=noise_key(seed, 0, "", choice),
+            filters=Filters(
+                frequency_penalty=parameters.frequency_penalty,
+                presence_penalty=parameters.presence_penalty,
+                bias=parameters.logit_bias,
+                top_k=parameters.top_k,
+                top_p=parameters.top_p,
+            ),
+            report=parameters.top_logprobs,
+        )
+
+    def _token(self, event: Event) -> Token:
+        assert event.raw is not None
+        likeliest = tuple(Likely(self._bytes(token), logprob) for token, logprob in event.likeliest)
+        return Token(event.token, self._bytes(event.token), event.raw, event.logprob, likeliest)
+
+    # From here on: in the thread.
+
+    def _run(self) -> None:
+        try:
+            with self._policy.decoding() as model:
+                self._invariant = batch_invariant(model)
+                self._ready.set()
+                self._work(Decoder(model, max_rows=self._max_rows, prefill_tokens=_PREFILL_TOKENS, together=not self._invariant))
+        # The thread's outermost frame: whatever went wrong is told to everyone who waits, and to everyone who comes later.
+        except BaseException as error:
+            self._broken = error
+            self._post(partial(self._give_up, error))
+        finally:
+            self._ready.set()
+
+    def _work(self, decoder: Decoder) -> None:
+        while True:
+            while not decoder.busy or not self._inbox.empty():
+                change = self._inbox.get()
+                if change is None:
+                    return
+                change(decoder)
+            events = [(self._of.get(event.request), event) for event in decoder.step()]
+            self._rows, self._waiting = decoder.rows, decoder.waiting
+            self._drawn += len(events)
+            for _, event in events:
+                if event.finished:
+                    self._of.pop(event.request, None)
+            self._post(partial(self._deliver, events))
+
+    def _take_in(self, decoder: Decoder, number: int, request: Request, held: list[int]) -> None:
+        inner = decoder.add(request)
+        held.append(inner)
+        self._of[inner] = number
+
+    def _let_go(self, decoder: Decoder, held: Sequence[int]) -> None:
+        for inner in held:
+            decoder.cancel(inner)
+            self._of.pop(inner, None)
+        self._rows, self._waiting = decoder.rows, decoder.waiting
+
+    def _post(self, work: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and everyone who waited with it
+            self._loop.call_soon_threadsafe(work)
+
+    # In the event loop again.
+
+    def _deliver(self, events: Sequence[tuple[int | None, Event]]) -> None:
+        for number, event in events:
+            if number is not None and number in self._answers:
+                self._answers[number].put_nowait(event)
+
+    def _give_up(self, error: BaseException) -> None:
+        for events in self._answers.values():
+            events.put_nowait(_Broken(error))
+
+    def _stopped(self) -> EngineError:
+        return EngineError(f"the engine has stopped: {type(self._broken).__name__}: {self._broken}")
+
+
+def batch_invariant(model: Decoding) -> bool:
+    """Whether a few requests are answered to the last bit alike alone and side by side. Tried, because it depends on the library's
+    products for this model's shapes on this processor.
+    """
+    base = Request(tuple(range(1, 20)), 6, 1.0, (), 0, report=1)
+    asked = [replace(base, ids=base.ids[: 3 + i], noise_key=i, temperature=0.5 + i / 8) for i in range(16)]
+    crowd = Decoder(model, max_rows=len(asked), together=False)
+    together = _drain(crowd, [crowd.add(one) for one in asked])
+    for i in (0, 5, 15):
+        alone = Decoder(model, max_rows=1, together=False)
+        if _drain(alone, [alone.add(asked[i])])[0] != together[i]:
+            return False
+    return True
+
+
+def _drain(decoder: Decoder, numbers: Sequence[int]) -> list[list[Event]]:
+    """The events of each request, without its number."""
+    found: dict[int, list[Event]] = {number: [] for number in numbers}
+    while decoder.busy:
+        for event in decoder.step():
+            found[event.request].append(replace(event, request=0))
+    return [found[number] for number in numbers]
