@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -114,7 +114,7 @@ class HttpEngine:
         """The prompt as it is; the upstream makes tokens of it."""
         return Encoded(prompt, (), None)
 
-    async def generate(self, prompt: Encoded, parameters: Parameters) -> AsyncIterator[Piece]:
+    async def generate(self, prompt: Encoded, parameters: Parameters) -> AsyncGenerator[Piece]:
         """One answer. Closing the iterator closes the upstream's stream, which cancels there."""
         reader = self._reader(parameters)
         events = Events()

@@ -32,3 +32,5 @@ def migrate(engine: Engine, name: str) -> None:
         if found != known[0]:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+        # SQLite begins even where it may only read: now it is found out, and not with the first answer that somebody waits for.
+        connection.exec_driver_sql(f"UPDATE {REVISIONS} SET version_num = version_num")
