@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from alignkit.folder import choices_of, claim, locked, set_aside
 from alignkit.interrupt import stop_on_signal
 from alignkit.memory import keep_freed_memory
 from alignkit.registry import Registry, find_plugins
+from alignkit.threads import wait_briefly
 from alignkit.tracking import EventLog, Terminal, quiet_libraries
 
 
@@ -23,8 +23,7 @@ def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool
     ``fresh`` moves an earlier run in the folder aside and starts anew. Raises ``AlignkitError`` for what the caller can repair,
     ``Interrupted`` when a signal stopped it after its state was saved.
     """
-    # Before torch is imported: idle worker threads that spin take the cores from those that work (measured: 3 to 8 times slower).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     keep_freed_memory()
     quiet_libraries()
     registry = find_plugins()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "alignkit").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 SERVE = sorted((ROOT / "serve").rglob("*.py"))
-DECLARING = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py"))
+DECLARING = sorted(path.parent.name for folder in ("plugins", "serve") for path in (ROOT / folder).glob("*/__init__.py"))
 
 LIGHT = [
     "types",
@@ -44,7 +44,7 @@ CONTRACT = {"api", "adamw"}
 WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds", "files", "average"}
 """What a plugin may import of the core where the work is done."""
 
-SERVING = {"api", "rollout", "models", "data", "registry", "config", "lineage"}
+SERVING = {"api", "rollout", "models", "data", "registry", "config", "lineage", "files", "threads", "alignkit"}
 """What the server may import of the core."""
 
 OF_THE_CORE = {

@@ -206,11 +206,13 @@ def _filtered(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
     """``logits`` [n v] with the filters of those rows that have some."""
     if all(row.request.plain for row in rows):
         return logits
-    own = [
-        line.float() if row.request.plain else filtered(line, row.request.filters, row.request.temperature, row.tokens)
-        for row, line in zip(rows, logits, strict=True)
-    ]
-    return torch.stack(own)
+    special = [i for i, row in enumerate(rows) if not row.request.plain]
+    requests = [rows[i].request for i in special]
+    logits = logits.float().clone()
+    logits[special] = filtered(
+        logits[special], [one.filters for one in requests], [one.temperature for one in requests], [rows[i].tokens for i in special]
+    )
+    return logits
 
 
 def _reported(events: list[Event], logits: Tensor, rows: Sequence[_Row]) -> list[Event]:

@@ -32,18 +32,20 @@ class Filters:
 NONE = Filters()
 
 
-def filtered(logits: Tensor, filters: Filters, temperature: float, drawn: Sequence[int]) -> Tensor:
-    """The logits [v] of a row from which the next token is drawn at temperature 1, -inf where it cannot be.
+def filtered(logits: Tensor, filters: Sequence[Filters], temperatures: Sequence[float], drawn: Sequence[Sequence[int]]) -> Tensor:
+    """The logits [n v] of rows from which their next tokens are drawn at temperature 1, -inf where they cannot be.
 
-    ``drawn``: the response so far. At temperature 0 the likeliest token alone is left.
+    ``drawn``: each row's response so far. At temperature 0 the likeliest token alone is left.
     """
-    logits = _penalised(logits.float(), filters, drawn)
-    if temperature == 0.0:
-        return _only(logits, logits.argmax()[None])
-    logits = logits / temperature
-    if 0 < filters.top_k < len(logits):
-        logits = _only(logits, logits.topk(filters.top_k).indices)
-    return _nucleus(logits, filters.top_p) if filters.top_p < 1.0 else logits
+    logits = torch.stack([_penalised(*each) for each in zip(logits.float(), filters, drawn, strict=True)])
+    logits /= torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None]
+    vocabulary = logits.shape[1]
+    most = [1 if not temperature else one.top_k or vocabulary for one, temperature in zip(filters, temperatures, strict=True)]
+    cut = [i for i, one in enumerate(filters) if most[i] < vocabulary or one.top_p < 1.0]
+    if cut:
+        bounds = [(most[i], filters[i].top_p) for i in cut]
+        logits[cut] = _likeliest(logits[cut], bounds, min(vocabulary, max([_FEW, *(most for most, _ in bounds if most < vocabulary)])))
+    return logits
 
 
 def _penalised(logits: Tensor, filters: Filters, drawn: Sequence[int]) -> Tensor:
@@ -57,16 +59,23 @@ def _penalised(logits: Tensor, filters: Filters, drawn: Sequence[int]) -> Tensor
     return logits.index_add(0, places, torch.tensor(list(changes.values()), device=logits.device))
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    probabilities = logits.softmax(dim=0, dtype=torch.float64)
-    for count in (min(_FEW, len(logits)), len(logits)):
-        likeliest, places = probabilities.topk(count)
-        before = likeliest.cumsum(dim=0) - likeliest
-        if before[-1] >= top_p:  # the nucleus ends among them
-            break
-    # The first one stays even if top_p is 0: something must be drawn.
-    return _only(logits, places[(before < top_p) | (before == 0.0)])
+def _likeliest(logits: Tensor, bounds: Sequence[tuple[int, float]], among: int) -> Tensor:
+    """Rows [n v] with -inf but at the likeliest tokens: at most so many, and no more than have the wanted probability together.
 
-
-def _only(logits: Tensor, places: Tensor) -> Tensor:
-    return torch.full_like(logits, float("-inf")).index_copy(0, places, logits[places])
+    They are looked for ``among`` so many first, and among more if a row has not enough there.
+    """
+    most = torch.tensor([most for most, _ in bounds], device=logits.device)[:, None]
+    share = torch.tensor([share for _, share in bounds], dtype=torch.float64, device=logits.device)[:, None]
+    values, places = logits.topk(among)
+    within = torch.arange(among, device=logits.device) < most
+    of_most = torch.where(within, values, float("-inf")).logsumexp(dim=1)
+    total = torch.where(most[:, 0] <= among, of_most, logits.logsumexp(dim=1))
+    probabilities = (values - total[:, None]).double().exp()
+    before = probabilities.cumsum(dim=1) - probabilities
+    # The first one stays even if the share is 0: something must be drawn. Of a share of 1, rounding must not take any.
+    left = within & ((before < share) | (share >= 1.0))
+    left[:, 0] = True
+    if among < logits.shape[1] and bool((left[:, -1] & (most[:, 0] > among)).any()):
+        return _likeliest(logits, bounds, min(32 * among, logits.shape[1]))
+    kept = torch.where(left, values, float("-inf"))
+    return torch.full_like(logits, float("-inf")).scatter_(1, places, kept)

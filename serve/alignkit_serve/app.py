@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -21,7 +18,6 @@ from alignkit_serve.envelope import Envelope
 from alignkit_serve.errors import ApiError, unavailable
 from alignkit_serve.routes import admin, completions, health, models, pages, stored
 from alignkit_serve.service import Service
-from alignkit_serve.settings import Limits
 from alignkit_serve.store import StoreError, StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
@@ -29,22 +25,11 @@ _LOG = logging.getLogger(__name__)
 ROUTERS = (completions.router, stored.router, models.router, admin.router, health.router, pages.router)
 """Every route that there is."""
 
-Opening = Callable[[], AbstractAsyncContextManager[Service]]
-"""Opens the service when the event loop runs, and closes it at the end."""
 
-
-def create_app(opening: Opening, keys: Keys, limits: Limits) -> FastAPI:
+def create_app(service: Service, keys: Keys) -> FastAPI:
     """The application around a service. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with opening() as service:
-            app.state.service = service
-            yield
-            app.state.service = None
-
-    app = FastAPI(title="alignkit", version=alignkit.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service, app.state.keys, app.state.begun = None, keys, int(time.time())
+    app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service, app.state.keys = service, keys
     app.state.figures = figures = CollectorRegistry()
     scopes_of(ROUTERS)
     for router in ROUTERS:
@@ -55,7 +40,7 @@ def create_app(opening: Opening, keys: Keys, limits: Limits) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(
         cast(Any, Envelope),
-        body_bytes=limits.body_bytes,
+        body_bytes=service.limits.body_bytes,
         requests=Counter("alignkit_requests", "requests by method, route and status", ["method", "route", "status"], registry=figures),
         seconds=Histogram("alignkit_request_seconds", "until the last byte was sent", ["route"], registry=figures),
     )
@@ -73,9 +58,15 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Every field that is wrong, in words; ``param`` is the first."""
     assert isinstance(error, RequestValidationError)
-    problems = [(_where(each["loc"]), each["msg"]) for each in error.errors()]
+    problems = [_problem(each) for each in error.errors()]
     message = "; ".join(f"{where}: {text}" if where else text for where, text in dict.fromkeys(problems))
     return await _http_error(request, ApiError(400, "invalid_request", message[:2000], param=problems[0][0] or None))
+
+
+def _problem(found: Any) -> tuple[str, str]:
+    if found["type"] == "json_invalid":
+        return "", f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][1]}"
+    return _where(found["loc"]), found["msg"]
 
 
 def _where(location: Any) -> str:

@@ -104,8 +104,9 @@ def scopes_of(routers: Sequence[APIRouter]) -> dict[str, str]:
     found = {}
     for route in (route for router in routers for route in router.routes):
         scope = _scope(route)
-        assert isinstance(route, APIRoute) and scope, f"{route} names no scope"
-        found.update({f"{method} {route.path}": scope for method in sorted(route.methods)})
+        assert isinstance(route, APIRoute)
+        assert scope, f"{route} names no scope"
+        found.update({f"{method} {route.path}": scope for method in sorted(route.methods or ())})
     return found
 
 

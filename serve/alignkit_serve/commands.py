@@ -90,8 +90,9 @@ def serve(
     upstream: str | None,
 ) -> None:
     """Serve the policy of a run, of a stage, or of any transformers folder, behind an OpenAI-compatible API."""
-    # Before torch is imported: idle worker threads that spin take the cores from those that work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from alignkit.threads import wait_briefly
+
+    wait_briefly()
     from functools import partial
 
     from alignkit_serve import loading, server

@@ -10,12 +10,12 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import click
 import uvicorn
+from fastapi import FastAPI
 
 from alignkit.api import AlignkitError
 from alignkit_serve.app import create_app
@@ -51,20 +51,26 @@ def serve(settings: Settings, load: Load) -> None:
     with Store.open(settings.store) as store:
         check_exposure(settings, has_keys=bool(store.read(keys.listed)))
         listening = _bound(settings.host, settings.port)
-        opening = partial(opened, settings, store, load)
-        app = create_app(opening, Keys(store, required=settings.auth), settings.limits)
-        config = uvicorn.Config(
-            app,
-            access_log=False,  # ours names no ids and no queries
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
-            h11_max_incomplete_event_size=64 << 10,
-        )
-        server = _Server(config, app.state, settings.limits)
-        server.run(sockets=[listening])
-        if server.failure:
-            raise server.failure
+        asyncio.run(_serve(settings, store, load, listening))
+
+
+async def _serve(settings: Settings, store: Store, load: Load, listening: socket.socket) -> None:
+    async with opened(settings, store, load) as service:
+        app = create_app(service, Keys(store, required=settings.auth))
+        await _Server(configuration(app, settings.limits), service).serve(sockets=[listening])
+
+
+def configuration(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs the application: its own log would hold ids and queries."""
+    return uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=int(limits.drain_seconds) + 5,
+        h11_max_incomplete_event_size=64 << 10,
+    )
 
 
 def check_exposure(settings: Settings, *, has_keys: bool) -> None:
@@ -89,6 +95,7 @@ def shown_store(url: str) -> str:
 
 @asynccontextmanager
 async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[Service]:
+    """The service, with its policy loaded; at the end it is drained."""
     swept = await store.awrite(inferences.sweep)
     if swept:
         click.echo(f"{swept} answers were in progress when the last server died; they are marked as aborted")
@@ -99,7 +106,6 @@ async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[
         policy = await roster.open(settings.policy)
         click.echo(_greeting(settings, policy))
         yield service
-        await service.drain()
     finally:
         await roster.close()
 
@@ -114,28 +120,26 @@ def _greeting(settings: Settings, policy: str) -> str:
 class _Server(uvicorn.Server):
     """Uvicorn, but the first signal drains: it goes on answering 503 to new work, so that a balancer sees it, until the old is done."""
 
-    def __init__(self, config: uvicorn.Config, state: object, limits: Limits) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._state, self._limits = state, limits
+        self._service = service
+        self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
-        self.failure: AlignkitError | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, a second one stops at once."""
-        service: Service | None = getattr(self._state, "service", None)
-        if self._draining or service is None:
-            super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._draining:
+            self.should_exit = self.force_exit = True
             return
         click.echo("draining: no new work is taken; once more stops at once", err=True)
-        loop = asyncio.get_event_loop_policy().get_event_loop()
-        loop.call_soon_threadsafe(self._drain, service, sig, frame)
+        self._draining = asyncio.create_task(self._drain())
 
-    def _drain(self, service: Service, sig: int, frame: FrameType | None) -> None:
-        async def drain() -> None:
-            await service.drain()
-            uvicorn.Server.handle_exit(self, sig, frame)
-
-        self._draining = asyncio.get_running_loop().create_task(drain())
+    async def _drain(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
 
 
 def _is_loopback(host: str) -> bool:

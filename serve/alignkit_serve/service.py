@@ -37,7 +37,7 @@ class Asked:
     request: Sampled
     prompts: tuple[Prompt, ...]
     max_tokens: int | None
-    top_logprobs: int
+    top_logprobs: int | None
     metadata: dict[str, str]
     store: bool
     request_id: str
@@ -110,7 +110,7 @@ class Service:
             raise invalid(
                 f"{(request.n or 1) * len(asked.prompts)} answers were asked for; at most {self.limits.choices} are given at once", "n"
             )
-        if asked.top_logprobs > can.top_logprobs:
+        if asked.top_logprobs is not None and asked.top_logprobs > can.top_logprobs:
             raise unsupported(
                 "logprobs", f"log-probabilities were asked for, and this engine gives those of {max(can.top_logprobs, 0)} tokens"
             )
@@ -186,7 +186,7 @@ class Service:
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=request.biases(),
             stop=request.stops(),
-            top_logprobs=asked.top_logprobs,
+            top_logprobs=asked.top_logprobs or 0,
             noise=noise,
         )
 
@@ -225,7 +225,7 @@ def chat(request: ChatRequest, request_id: str, key: KeyRecord | None) -> Asked:
         request=request,
         prompts=(Prompt("", request.conversation()),),
         max_tokens=request.tokens_wanted(),
-        top_logprobs=request.top_logprobs or 0,
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         metadata=dict(request.metadata or {}),
         store=request.store is not False,
         request_id=request_id,
@@ -243,7 +243,7 @@ def continuation(request: CompletionRequest, request_id: str, key: KeyRecord | N
         request=request,
         prompts=request.prompts(),
         max_tokens=request.max_tokens or 16,  # OpenAI's default here
-        top_logprobs=request.logprobs or 0,
+        top_logprobs=request.logprobs,
         metadata={},
         store=True,
         request_id=request_id,

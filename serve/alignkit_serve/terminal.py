@@ -196,7 +196,8 @@ def _chosen(models: list[str], wanted: str | None) -> str:
 def _client(url: str, key: str | None) -> httpx.Client:
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise AlignkitError("the key has characters that no key has; is ALIGNKIT_API_KEY what `alignkit keys create` printed?")
-    return httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=_SECONDS)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_SECONDS)
 
 
 @contextmanager

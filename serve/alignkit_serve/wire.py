@@ -29,8 +29,7 @@ class Form:
     created: int
     model: str
     chat: bool
-    wants_logprobs: bool
-    top_logprobs: int
+    top_logprobs: int | None
     wants_usage: bool
     extras: Extras
     policy: str | None
@@ -112,7 +111,7 @@ class Form:
         return about
 
     def _logprobs(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
+        if self.top_logprobs is None:
             return None
         if self.chat:
             return {"content": [_content(token, self.top_logprobs) for token in tokens], "refusal": None}

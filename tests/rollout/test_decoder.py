@@ -138,7 +138,7 @@ def test_a_report_gives_the_models_own_log_probabilities_whatever_was_drawn_from
         best = own.topk(2)
         assert [token for token, _ in event.likeliest] == best.indices.tolist()
         assert [value for _, value in event.likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
-        behaviour = filtered(logits, filters, 0.5, ids[len(base.ids) :]).log_softmax(dim=0)
+        behaviour = filtered(logits[None], [filters], [0.5], [ids[len(base.ids) :]])[0].log_softmax(dim=0)
         assert event.logprob == pytest.approx(float(behaviour[event.token]), abs=1e-5)
         ids.append(event.token)
 

@@ -84,26 +84,25 @@ def running(
         policy=policy, host="127.0.0.1", port=port, store=store, auth=auth, models=models or policy.parent, limits=limits
     )
     with Store.open(store) as opened:
-        app = create_app(
-            partial(server.opened, settings, opened, load or partial(load_policy, max_rows=limits.rows)),
-            Keys(opened, required=auth),
-            limits,
-        )
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
-        loops: list[asyncio.AbstractEventLoop] = []
+        begun: list[tuple[Any, uvicorn.Server, asyncio.AbstractEventLoop]] = []
 
         async def serve() -> None:
-            loops.append(asyncio.get_running_loop())
-            await running.serve(sockets=[listening])
+            async with server.opened(settings, opened, load or partial(load_policy, max_rows=limits.rows)) as service:
+                app = create_app(service, Keys(opened, required=auth))
+                own = uvicorn.Server(server.configuration(app, limits))
+                begun.append((app, own, asyncio.get_running_loop()))
+                await own.serve(sockets=[listening])
+                await service.drain()
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
-        until(lambda: running.started or not thread.is_alive())
-        assert running.started, "the server did not start"
+        until(lambda: (begun and begun[0][1].started) or not thread.is_alive())
+        assert thread.is_alive(), "the server did not start"
+        app, own, loop = begun[0]
         try:
-            yield Running(f"http://127.0.0.1:{port}", opened, app, loops[0])
+            yield Running(f"http://127.0.0.1:{port}", opened, app, loop)
         finally:
-            running.should_exit = True
+            own.should_exit = True
             thread.join(30)
             assert not thread.is_alive(), "the server does not stop"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import deque
@@ -139,8 +140,9 @@ class _Stream(Response):
         for piece in self._answer.pieces:
             await put(_event(about, {"content": piece}))
         if then == "never":
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            leaving = asyncio.ensure_future(receive())
+            while not (await asyncio.wait([leaving], timeout=0.05))[0]:
+                await put(b": ping\n\n")
             self._script.gone.set()
         elif then == "broken":
             await put(b"", more=False)

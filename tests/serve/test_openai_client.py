@@ -40,7 +40,8 @@ def test_a_plain_answer_has_all_that_the_client_reads(client: OpenAI, server: Ru
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (12, answer.usage.prompt_tokens + 12)
     assert answer.model_extra is not None
     assert answer.model_extra["alignkit"]["policy_version"] == answer.model
-    assert answer._request_id is not None and answer._request_id.startswith("req-")
+    assert answer._request_id is not None
+    assert answer._request_id.startswith("req-")
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(client: OpenAI) -> None:

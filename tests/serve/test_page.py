@@ -15,8 +15,6 @@ from tests.serve.scripted import CONTENT_SECURITY_POLICY, POLICY, Refuses, Says,
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
-else:
-    Browser = Locator = Page = object
 
 ARGUMENTS = [
     "--headless",
@@ -29,7 +27,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 WATCH = """
-window.broken = []; window.hacked = 0;
+window.broken = []; window.hacked = 0; window.alert = () => window.hacked++;
 document.addEventListener("securitypolicyviolation", (event) => window.broken.push(`${event.violatedDirective} ${event.blockedURI}`));
 """
 ONE_BYTE_AT_A_TIME = """
@@ -71,7 +69,6 @@ def tab(browser: Browser, server: Scripted) -> Iterator[Page]:
     failed: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: failed.append(str(error)))
-    tab.on("dialog", lambda dialog: (failed.append(dialog.message), dialog.dismiss()))
     yield tab
     assert tab.evaluate("[window.broken, window.hacked]") == [[], 0]
     assert failed == []
@@ -92,9 +89,9 @@ def seen(locator: Locator, text: str | re.Pattern[str] | None = None, *, count: 
     from playwright.sync_api import expect
 
     if text is not None:
-        expect(locator).to_have_text(text, timeout=15_000)
+        expect(locator).to_have_text(text, timeout=5_000)
     if count is not None:
-        expect(locator).to_have_count(count, timeout=15_000)
+        expect(locator).to_have_count(count, timeout=5_000)
 
 
 def ask(chat: Page, text: str) -> None:
@@ -168,6 +165,7 @@ def test_an_answer_is_seen_while_it_grows_and_stops_when_told_to(chat: Page, ser
     seen(facts(chat), re.compile(rf"^policy {POLICY} · \d+\.\d s · stopped$"))
     assert server.gone.wait(30)
     assert chat.locator(".answer").get_attribute("aria-busy") == "false"
+    assert chat.evaluate("document.activeElement.id") == "message"
     assert chat.input_value("#message") == "kept for later"
     chat.press("#message", "Enter")
     seen(answer(chat, 1), "The end.")
@@ -194,6 +192,7 @@ def test_a_stream_is_read_whole_however_it_was_cut(tab: Page, server: Scripted) 
     seen(facts(tab), re.compile("5 tokens"))
     # Half a character has no bytes: what writes the stream puts a question mark there.
     assert answer(tab).evaluate("(shown) => shown.textContent") == "Grüße, 🙂\u2028?data: x\n\n\\n"
+    assert answer(tab).evaluate("(shown) => shown.childNodes.length") == 1
 
 
 def test_what_is_set_is_sent(chat: Page, server: Scripted) -> None:
@@ -253,7 +252,7 @@ def test_errors_are_told_in_words_and_the_question_can_be_asked_again(
     server.answers += [result, Says("Better.")]
     ask(chat, "hi")
     seen(chat.locator(".answer .problem span"), shown)
-    chat.click("text=Try again")
+    chat.click(".answer .problem button")
     seen(answer(chat), "Better.")
     assert not chat.is_visible(".answer .problem")
     assert [roles(request) for request in server.seen] == [[("user", "hi")], [("user", "hi")]]
@@ -265,7 +264,7 @@ def test_only_the_last_question_can_be_asked_again_and_what_has_no_answer_is_lef
     seen(chat.locator(".answer .problem span"), "a mistake")
     ask(chat, "second")
     seen(answer(chat, 1), "Yes.")
-    assert not chat.is_visible("text=Try again")
+    assert not chat.is_visible(".answer .problem button")
     assert roles(server.seen[1]) == [("user", "second")]
 
 
@@ -275,7 +274,7 @@ def test_a_server_that_is_away_or_not_this_one_is_told_in_words(chat: Page, serv
     seen(chat.locator(".answer .problem span"), "The server cannot be reached. Is it running?")
     chat.context.set_offline(False)
     chat.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
-    chat.click("text=Try again")
+    chat.click(".answer .problem button")
     seen(chat.locator(".answer .problem span"), re.compile("^The server answered 502"))
 
 
@@ -305,7 +304,7 @@ def test_a_key_is_asked_for_kept_for_the_tab_and_forgotten(tab: Page, server: Sc
     tab.keyboard.press("Enter")
     seen(tab.locator("#model option"), count=2)
     assert not tab.is_visible("#key-form")
-    assert tab.evaluate("[JSON.stringify(sessionStorage), localStorage.length, document.cookie]") == ['{"alignkit.key":"ak_1_secret"}', 0, ""]
+    assert tab.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]") == [{"alignkit.key": "ak_1_secret"}, {}, ""]
     ask(tab, "hi")
     seen(answer(tab), "Welcome.")
     tab.click("#open-settings")
@@ -314,7 +313,7 @@ def test_a_key_is_asked_for_kept_for_the_tab_and_forgotten(tab: Page, server: Sc
     ask(tab, "and without it?")
     tab.wait_for_selector("#key-form")  # What was asked waits for the key.
     tab.fill("#key", "ak_1_secret")
-    tab.click("text=Use key")
+    tab.click("#key-form button")
     seen(answer(tab, 1), "Again.")
     assert roles(server.seen[1]) == [("user", "hi"), ("assistant", "Welcome."), ("user", "and without it?")]
 
@@ -379,6 +378,7 @@ def test_screen_readers_get_whole_sentences(chat: Page, server: Scripted) -> Non
     assert chat.get_attribute("#spoken", "aria-live") == "polite"
     chat.keyboard.press("Escape")
     seen(facts(chat), re.compile("stopped$"))
+    assert chat.locator("#spoken p").count() == 2
     ask(chat, "on")
     seen(chat.locator("#spoken"), "Five six")
 
@@ -400,7 +400,6 @@ def test_all_of_it_goes_by_keyboard(chat: Page, server: Scripted) -> None:
     chat.keyboard.press("Enter")
     seen(answer(chat), "Once")
     assert roles(server.seen[0]) == [("user", "two\nlines")]
-    chat.keyboard.press("Control+,")
     chat.click("#open-settings")
     chat.keyboard.press("Escape")
     assert chat.is_visible("#stop")  # The first Escape closed the settings, nothing else.
@@ -410,19 +409,13 @@ def test_all_of_it_goes_by_keyboard(chat: Page, server: Scripted) -> None:
     chat.focus("#message")
     chat.keyboard.type("more")
     order = []
-    for _ in range(7):
+    marked = """() => { const one = document.activeElement;
+        return [one, one.closest(".field")].some((each) => each && getComputedStyle(each).outlineStyle === "solid"); }"""
+    for _ in range(5):
         order.append(chat.evaluate("document.activeElement.id"))
-        marked = """() => { const one = document.activeElement; const field = one.closest(".field");
-            return [one, field].some((each) => each && getComputedStyle(each).outlineStyle === "solid"); }"""
         assert chat.evaluate(marked), order
         chat.keyboard.press("Shift+Tab")
-    assert order[:6] == ["message", "conversation", "open-settings", "new", "model", ""] or order[:5] == [
-        "message",
-        "conversation",
-        "open-settings",
-        "new",
-        "model",
-    ]
+    assert order == ["message", "conversation", "open-settings", "new", "model"]
     chat.focus("#message")
     for reached in ("send", "consent"):
         chat.keyboard.press("Tab")
@@ -435,10 +428,10 @@ def test_all_of_it_goes_by_keyboard(chat: Page, server: Scripted) -> None:
     assert chat.evaluate("document.activeElement.id") == "message"
 
 
-def test_it_fits_a_small_telephone(browser: Browser, tab: Page, server: Scripted) -> None:
+def test_it_fits_a_small_telephone(tab: Page, server: Scripted) -> None:
     tab.set_viewport_size({"width": 360, "height": 640})
     server.key = "k"
-    wide = "() => [document.documentElement, ...document.querySelectorAll('main, .settings')].map((one) => one.scrollWidth - one.clientWidth)"
+    wide = "() => [...document.querySelectorAll('html, main, .settings')].map((one) => one.scrollWidth - one.clientWidth)"
     tab.goto(server.url)
     tab.wait_for_selector("#key-form")
     assert tab.evaluate(wide) == [0, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
@@ -113,7 +114,7 @@ def test_a_command_that_cannot_be_done_says_why(server: Scripted, piped: Piped, 
 
 
 def test_errors_are_one_line_in_the_servers_words(server: Scripted, piped: Piped) -> None:
-    told = {
+    told: dict[str, Refuses | Says] = {
         "the queue is full; try again in 3 s": Refuses(429, "the queue is full", {"Retry-After": "3"}),
         "max_tokens: [U+001B][2Jmust be positive": Refuses(400, "max_tokens: \x1b[2Jmust be positive"),
         "the engine has stopped": Says("half", then="error: the engine has stopped"),
@@ -143,12 +144,12 @@ def test_where_no_server_is_one_is_told_how_to_start_it(piped: Piped) -> None:
         url = script.url
     with pytest.raises(AlignkitError, match=rf"no server answers at {url} \(.*refused\); start one with: alignkit serve RUN"):
         piped(url, "hi")
-    with pytest.raises(AlignkitError, match="'127.0.0.1:8000' is no address of a server; it should look like http://127.0.0.1:8000"):
+    with pytest.raises(AlignkitError, match=r"'127\.0\.0\.1:8000' is no address of a server; it should look like http://127"):
         piped("127.0.0.1:8000", "hi")
 
 
 def test_another_kind_of_server_is_named(server: Scripted, piped: Piped) -> None:
-    with pytest.raises(AlignkitError, match=r"/elsewhere/v1/models answered 404 in another form than alignkit's; is there an alignkit server\?"):
+    with pytest.raises(AlignkitError, match=r"/elsewhere/v1/models answered 404 in another form than alignkit's; is there an"):
         piped(f"{server.url}/elsewhere", "hi")
     server.models = []
     with pytest.raises(AlignkitError, match="the server has no model"):
@@ -157,9 +158,7 @@ def test_another_kind_of_server_is_named(server: Scripted, piped: Piped) -> None
 
 def test_an_answer_cannot_command_the_terminal(server: Scripted, piped: Piped) -> None:
     server.answers += [Says("\x1b[2J", "\x1b]0;title\x07", "a\rb\x9b1m", "\u202etxt", "\ttab\nline \u2028 é 🙂")]
-    assert piped(server.url, "hi").out == (
-        "[U+001B][2J[U+001B]]0;title[U+0007]a[U+000D]b[U+009B]1m[U+202E]txt\ttab\nline \u2028 é 🙂\n"
-    )
+    assert piped(server.url, "hi").out == ("[U+001B][2J[U+001B]]0;title[U+0007]a[U+000D]b[U+009B]1m[U+202E]txt\ttab\nline \u2028 é 🙂\n")
 
 
 def test_half_a_character_neither_stops_a_question_nor_an_answer(server: Scripted, piped: Piped) -> None:
@@ -223,9 +222,14 @@ class Person:
                 self.screen += os.read(self._terminal, 65536).decode(errors="replace")
         self.read = found + len(text)
 
-    def leaves(self) -> int:
-        """The exit code, once the chat has ended."""
-        return self._process.wait(30)
+    def leaves(self, key: str) -> int:
+        """Press ``key`` until the chat has ended; returns its exit code."""
+        for _ in range(6):
+            self.types(key)
+            # A key that is pressed in the moment in which the prompt appears is lost: Python has not begun to wait for keys.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(5)
+        raise AssertionError(f"{key!r} does not end it: {self.screen!r}")
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -256,8 +260,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_it_leaves(server: Scripted, pe
     person.sees(f"policy {POLICY} · 1 token · ")
     assert roles(server.seen[1]) == [("user", "a tale"), ("assistant", "Once upon"), ("user", "end it")]
     person.sees("> ")
-    person.types("\x03")
-    assert person.leaves() == 0
+    assert person.leaves("\x03") == 0
 
 
 def test_a_person_goes_on_after_a_problem_and_ctrl_d_leaves(server: Scripted, person: Person) -> None:
@@ -270,6 +273,5 @@ def test_a_person_goes_on_after_a_problem_and_ctrl_d_leaves(server: Scripted, pe
     person.sees("Here.")
     assert roles(server.seen[1]) == [("user", "there?")]
     person.sees("> ")
-    person.types("\x04")
-    assert person.leaves() == 0
+    assert person.leaves("\x04") == 0
     assert "Traceback" not in person.screen

@@ -22,22 +22,22 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat(request: Request, body: ChatRequest, caller: Infer) -> Response:
     """The answer to a conversation."""
-    return await _answer(request, asking.chat(body, request.state.request_id, caller.key), wants_logprobs=bool(body.logprobs))
+    return await _answer(request, asking.chat(body, request.state.request_id, caller.key))
 
 
 @router.post("/v1/completions")
 async def complete(request: Request, body: CompletionRequest, caller: Infer) -> Response:
     """The continuation of a text."""
-    return await _answer(request, asking.continuation(body, request.state.request_id, caller.key), wants_logprobs=body.logprobs is not None)
+    return await _answer(request, asking.continuation(body, request.state.request_id, caller.key))
 
 
-async def _answer(request: Request, asked: Asked, *, wants_logprobs: bool) -> Response:
+async def _answer(request: Request, asked: Asked) -> Response:
     service = serving(request)
     unread = ignored(asked.request)
     if asked.key:
         service.admission.meter(asked.key)
     answers = await service.begin(asked)
-    form = _form(asked, answers, wants_logprobs)
+    form = _form(asked, answers)
     headers = {"X-Alignkit-Policy": form.policy} if form.policy else {}
     if unread:
         # A header takes only some letters, and a name may be anything.
@@ -52,7 +52,7 @@ async def _answer(request: Request, asked: Asked, *, wants_logprobs: bool) -> Re
     return EventStream(answers, first, form, service.limits, headers)
 
 
-def _form(asked: Asked, answers: Answers, wants_logprobs: bool) -> Form:
+def _form(asked: Asked, answers: Answers) -> Form:
     request: Sampled = asked.request
     blind = request.alignkit.ab == "pair"
     version = answers.choices[0].serving.version
@@ -64,7 +64,6 @@ def _form(asked: Asked, answers: Answers, wants_logprobs: bool) -> Form:
         created=int(time.time()),
         model=request.model if blind else version.name,
         chat=asked.endpoint == "chat",
-        wants_logprobs=wants_logprobs,
         top_logprobs=asked.top_logprobs,
         wants_usage=bool(request.stream and request.stream_options and request.stream_options.include_usage),
         extras=extras,
