@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -51,6 +51,8 @@ def serve(settings: Settings, load: Load) -> None:
     with Store.open(settings.store) as store:
         check_exposure(settings, has_keys=bool(store.read(keys.listed)))
         listening = _bound(settings.host, settings.port)
+        # Port 0 means any that is free.
+        settings = replace(settings, port=listening.getsockname()[1])
         asyncio.run(_serve(settings, store, load, listening))
 
 
@@ -124,18 +126,21 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins to drain, a second one stops at once."""
+        """The first signal begins to drain, a second one ends what is in progress, a third one waits for nothing."""
         self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
-        if self._draining:
+        self._signals += 1
+        if self._signals == 1:
+            click.echo("draining: no new work is taken; once more stops at once", err=True)
+            self._draining = asyncio.create_task(self._drain())
+        elif self._signals == 2:
+            self._service.give_up()
+        else:
             self.should_exit = self.force_exit = True
-            return
-        click.echo("draining: no new work is taken; once more stops at once", err=True)
-        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         await self._service.drain()

@@ -89,10 +89,14 @@ class Service:
             async with asyncio.timeout(self.limits.drain_seconds):
                 while self.answers:
                     await asyncio.sleep(0.05)
-        for answers in list(self.answers):
-            answers.cancel(unavailable("draining", "the server stops; ask again when it is back", 5))
+        self.give_up()
         while self.answers:
             await asyncio.sleep(0.05)
+
+    def give_up(self) -> None:
+        """End what is in progress, and say why."""
+        for answers in self.answers:
+            answers.cancel(unavailable("draining", "the server stops; ask again when it is back", 5))
 
     def _names(self, request: Sampled) -> list[str]:
         """The versions that answer: one, or the two of a pair; which of them comes first is nobody's choice."""

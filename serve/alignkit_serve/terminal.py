@@ -134,7 +134,7 @@ class _About:
         if usage := chunk.get("usage"):
             self.tokens = usage["completion_tokens"]
         if any(choice["finish_reason"] == "length" for choice in chunk["choices"]):
-            self.end = "cut off, too long"
+            self.end = "cut off at the token limit"
 
     def line(self, seconds: float) -> str:
         policy = f"policy {self.policy}" if self.policy else None

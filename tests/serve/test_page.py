@@ -205,7 +205,7 @@ def test_what_is_set_is_sent(chat: Page, server: Scripted) -> None:
     assert not chat.is_visible("#settings")
     chat.check("#consent")
     ask(chat, "hi")
-    seen(facts(chat), re.compile("· cut off, too long$"))
+    seen(facts(chat), re.compile("· cut off at the token limit$"))
     [request] = server.seen
     assert roles(request) == [("system", "Be brief."), ("user", "hi")]
     assert (request["temperature"], request["max_tokens"]) == (0, 1)

@@ -85,7 +85,7 @@ def test_what_is_set_is_sent(server: Scripted, piped: Piped) -> None:
     [request] = server.seen
     assert roles(request) == [("system", "Be brief."), ("user", "hi")]
     assert (request["model"], request["temperature"], request["max_tokens"]) == (POLICY, 0.0, 1)
-    assert said.err.endswith(" · cut off, too long\n")
+    assert said.err.endswith(" · cut off at the token limit\n")
 
 
 def test_commands_change_what_comes_next(server: Scripted, piped: Piped) -> None:

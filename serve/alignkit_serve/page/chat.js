@@ -158,7 +158,7 @@ async function read(turn, signal, facts, speak, tell) {
     const choice = chunk.choices[0];
     if (!choice) continue;
     if (choice.alignkit?.completion_id) turn.answer.dataset.completion = choice.alignkit.completion_id;
-    if (choice.finish_reason === "length") facts.end = "cut off, too long";
+    if (choice.finish_reason === "length") facts.end = "cut off at the token limit";
     if (choice.delta.content) {
       turn.text += choice.delta.content;
       following(() => show(turn.shown, choice.delta.content));
