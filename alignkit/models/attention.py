@@ -133,6 +133,43 @@ def lay_out(batch: TokenBatch) -> Layout:
     return Layout(places.flatten()[first], first % shape[1], rows, first, line.view(count, width))
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A batch whose documents share their linear layers and nothing else: no number of one depends on what is beside it, given products
+    that do not either. ``tokens``, ``positions`` and ``line`` as in ``Layout``, document after document; ``lengths``: of each.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    line: Tensor
+    lengths: tuple[int, ...]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Each document by itself: where attention cuts its sums depends on the width of what it is given."""
+        documents = zip(query.split(self.lengths), key.split(self.lengths), value.split(self.lengths), strict=True)
+        return torch.cat([_attend_causally(q, k, v, scale, window) for q, k, v in documents])
+
+
+def lay_apart(batch: TokenBatch, device: torch.device) -> Apart:
+    """The same tokens as in ``lay_out``, of rows that are one document each, with nothing shared."""
+    places = batch.mask.flatten().nonzero().squeeze(1)
+    line = torch.zeros(batch.mask.numel(), dtype=torch.long)
+    line[places] = torch.arange(len(places))
+    lengths = tuple(batch.mask.sum(dim=1).tolist())
+    return Apart(places.to(device), (places % batch.mask.shape[1]).to(device), line.view(batch.mask.shape).to(device), lengths)
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """One document's tokens, [n heads d] each."""
+    width = len(query)
+    mask = None if window is None or window >= width else _band(width, window, query.device)
+    q, k, v = (x.transpose(0, 1)[None].float() if x.device.type == "cpu" else x.transpose(0, 1)[None] for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out[0].transpose(0, 1).to(query.dtype)
+
+
 def run(model: Any, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
     """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]."""
     passed_through = ids.new_zeros(1, 1, 1, 1)  # transformers makes no mask where it is given one of four dimensions

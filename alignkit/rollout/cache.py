@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit.models.attention import PAST_BLOCK, Layout, attend_to_past
+from alignkit.models.attention import PAST_BLOCK, Apart, Layout, attend_to_past
 
 _ROWS = 8
 
@@ -48,7 +48,7 @@ class Cache:
             unseen = unseen | (torch.arange(width, device=key.device) < (self.lengths - window)[:, None])
         return attend_to_past(query, keys[: len(self), :, :width], values[: len(self), :, :width], unseen, scale)
 
-    def prefill(self, layout: Layout, lengths: Tensor) -> Prefill:
+    def prefill(self, layout: Layout | Apart, lengths: Tensor) -> Prefill:
         """The ``Attention`` of the forward in which ``layout``'s rows, of ``lengths`` tokens each, join below those that are there."""
         start, self.lengths = len(self), torch.cat([self.lengths, lengths])
         self._reserve(len(self), layout.line.shape[1])
@@ -103,7 +103,7 @@ class Prefill:
     """The ``Attention`` of prompts: as in training, and their keys and values are kept."""
 
     cache: Cache
-    layout: Layout
+    layout: Layout | Apart
     start: int
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:

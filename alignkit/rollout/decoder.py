@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignkit.data.collate import collate, length_buckets
-from alignkit.models.attention import lay_out
+from alignkit.models.attention import lay_apart, lay_out
 from alignkit.models.decoding import Decoding
 from alignkit.rollout.cache import Cache
 from alignkit.rollout.filters import NONE, Filters, filtered
@@ -66,8 +66,8 @@ class Decoder:
 
     At most ``max_rows`` requests are decoded at once; the others wait and come in as they came, prompts of about ``prefill_tokens``
     tokens a step. Row i of the cache is that of ``_rows[i]``; a row that is done is gone at once, so that no step computes for it.
-    ``together``: prompts that come in at once go through one forward, which computes once what they begin with; otherwise each has a
-    forward of its own, so that no number of a response depends on who else is there (given products that do not either).
+    ``together``: of prompts that come in at once, what several begin with is computed once; otherwise no number of a response depends on
+    who else is there (given products that do not either).
     """
 
     def __init__(self, model: Decoding, *, max_rows: int, prefill_tokens: int = PREFILL_TOKENS, together: bool = True) -> None:
@@ -133,9 +133,8 @@ class Decoder:
     def _admit(self) -> list[Event]:
         chosen = list(self._next_in_line())
         lengths = [len(self._waiting[number].ids) for number in chosen]
-        buckets = length_buckets(lengths, self._prefill_tokens) if self._together else [[i] for i in range(len(chosen))]
         events = []
-        for bucket in buckets:
+        for bucket in length_buckets(lengths, self._prefill_tokens):
             events += self._prefill([(chosen[i], self._waiting.pop(chosen[i])) for i in bucket])
         return events
 
@@ -149,9 +148,9 @@ class Decoder:
             room, tokens = room - 1, tokens - len(request.ids)
 
     def _prefill(self, requests: Sequence[tuple[int, Request]]) -> list[Event]:
-        """Compute prompts, each beginning that several have in common once, and draw the first tokens."""
+        """Compute prompts, and draw the first tokens."""
         batch = collate([TokenRow("", request.ids, (True,) * len(request.ids)) for _, request in requests])
-        layout = lay_out(batch).to(self._device)
+        layout = lay_out(batch).to(self._device) if self._together else lay_apart(batch, self._device)
         lengths = torch.tensor([len(request.ids) for _, request in requests], device=self._device)
         attention = self._cache.prefill(layout, lengths)
         hidden = self._model.hidden(batch.ids.to(self._device).flatten()[layout.tokens], layout.positions, attention)

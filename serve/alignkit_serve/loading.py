@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.models import kernels
 from alignkit.models.causal_lm import CausalPolicy, load, resolve_precision
-from alignkit.models.config import TuningConfig
+from alignkit.models.config import Precision, TuningConfig
 from alignkit_serve.artifact import Artifact, ArtifactError, check_template, locate, probe, read_content
 from alignkit_serve.http_engine import HttpEngine
 from alignkit_serve.roster import Warm
@@ -21,10 +22,10 @@ async def load_policy(path: Path, *, max_rows: int) -> Warm:
     """The policy that ``path`` means, loaded and through its gates. Raises ``AlignkitError``."""
     artifact = await asyncio.to_thread(locate, path)
     content = await asyncio.to_thread(read_content, artifact)
-    # As it was trained; an answer must not depend on who else asks, where the library has products for that.
-    kernels.use(kernels.for_serving())
-    precision = resolve_precision(artifact.precision)
-    policy = await asyncio.to_thread(_load, artifact, precision)
+    with ThreadPoolExecutor(1) as apart:
+        # In a thread that ends. Each thread that computes keeps helpers of its own, and where there are more of all of them than cores,
+        # OpenMP puts every one to sleep after every product: decoding then takes nearly twice as long.
+        policy, precision = await asyncio.get_running_loop().run_in_executor(apart, _load, artifact)
     check_template(artifact, policy.codec.template_hash)
     engine = await TorchEngine(policy, policy.codec, context_tokens=_context_tokens(policy), max_rows=max_rows).started()
     try:
@@ -61,9 +62,13 @@ async def load_upstream(path: Path, *, url: str, key: str | None) -> Warm:
     return Warm(named, engine, {"files": "another server's", "template": "another server's", "probe_gap_nats": None})
 
 
-def _load(artifact: Artifact, precision: str) -> CausalPolicy:
+def _load(artifact: Artifact) -> tuple[CausalPolicy, Precision]:
+    # An answer must not depend on who else asks, where the library has products for that.
+    kernels.use(kernels.for_serving())
+    # As it was trained.
+    precision = resolve_precision(artifact.precision)
     # Code that comes with a model is not run: whoever can name a folder here must not be able to run anything.
-    return load(artifact.folder, tuning=TuningConfig(), precision=precision, trainable=False, seed=0)  # type: ignore[arg-type]
+    return load(artifact.folder, tuning=TuningConfig(), precision=precision, trainable=False, seed=0), precision
 
 
 def _context_tokens(policy: CausalPolicy) -> int:
