@@ -118,15 +118,16 @@ class Answers:
         self._unwanted.set()
 
     async def _run(self) -> None:
-        drawing = asyncio.gather(*(self._draw(choice) for choice in self.choices))
+        tasks = [asyncio.create_task(self._draw(choice)) for choice in self.choices]
+        drawing = asyncio.gather(*tasks)
         unwanted = asyncio.ensure_future(self._unwanted.wait())
         both: list[asyncio.Future[Any]] = [drawing, unwanted]
         await asyncio.wait(both, timeout=self._limits.total_seconds, return_when=asyncio.FIRST_COMPLETED)
         status, error = self._outcome(drawing)
-        unwanted.cancel()
-        drawing.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # reported already
-            await drawing
+        # Of several answers one may have failed and the others not.
+        for each in (unwanted, drawing, *tasks):
+            each.cancel()
+        await asyncio.gather(drawing, *tasks, return_exceptions=True)
         try:
             await self._store_answers(status)
         except ApiError as problem:

@@ -68,6 +68,12 @@ class Postgres:
         """Where a database of this server is."""
         return f"postgresql://alignkit@/{database}?host={self._folder}"
 
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"test_{time.monotonic_ns()}"
+        self.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement beside all the databases of the tests."""
         import psycopg

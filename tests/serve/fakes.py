@@ -19,7 +19,9 @@ CAN = Capabilities(context_tokens=1000, top_logprobs=20, behaviour_logprobs=True
 
 @dataclass
 class ScriptedEngine:
-    """Each answer is ``words``, one a token, each after ``pause`` seconds. ``fails_after``: so many words, then it breaks.
+    """Each answer is ``words``, one a token, each after ``pause`` seconds.
+
+    ``fails_after``: so many words, then it breaks; ``failing``: the number of the answer that does (all of them).
 
     ``begun``, ``finished`` and ``cancelled`` count answers; ``hold`` keeps all of them from their first word until it is set.
     """
@@ -27,6 +29,7 @@ class ScriptedEngine:
     words: tuple[str, ...] = ("Well", ", ", "yes", ".")
     pause: float = 0.0
     fails_after: int | None = None
+    failing: int | None = None
     can: Capabilities = CAN
     name: str = "scripted"
     begun: int = 0
@@ -53,7 +56,8 @@ class ScriptedEngine:
             count = min(parameters.max_tokens or 1 << 30, len(self.words))
             for number, word in enumerate(itertools.islice(self.words, count), start=1):
                 await asyncio.sleep(self.pause)
-                if self.fails_after is not None and number > self.fails_after:
+                fails = self.failing in (None, parameters.noise[1])
+                if fails and self.fails_after is not None and number > self.fails_after:
                     raise EngineError("the engine has stopped: a cable is loose")
                 token = Token(number, word.encode(), -0.5, -0.25)
                 complete = number == count

@@ -148,6 +148,23 @@ def test_an_engine_that_breaks_says_so_before_and_within_a_stream(tmp_path: Path
         assert all_statuses(server) == ["error", "error"]
 
 
+def test_where_one_answer_breaks_the_others_of_its_request_end_with_it(tmp_path: Path) -> None:
+    engine = ScriptedEngine(words=("word ",) * 1000, pause=0.005, fails_after=3, failing=1)
+    with serving(tmp_path, engine) as server:
+        assert post(server, n=3).json()["error"]["code"] == "engine_unavailable"
+        until(lambda: server.service.admission.answers == 0)
+        assert (engine.begun, engine.cancelled) == (3, 3)
+
+
+def test_a_client_that_goes_before_the_first_token_frees_its_place(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with serving(tmp_path, engine) as server:
+        engine.hold = asyncio.Event()
+        with pytest.raises(httpx.ReadTimeout), server.http() as client:
+            client.post("/v1/chat/completions", json=ask(server, stream=True), timeout=0.3)
+        until(lambda: engine.cancelled == 1 and server.service.admission.answers == 0)
+
+
 def leave_after_the_first_bytes(server: Running) -> None:
     with server.http() as client, client.stream("POST", "/v1/chat/completions", json=ask(server, stream=True)) as response:
         next(response.iter_raw())

@@ -15,9 +15,13 @@ from tests.serve.running import Running, running, until
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(tiny_folder(), f"sqlite:///{tmp_path_factory.mktemp('store') / 'store.db'}") as started:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'store.db'}"
+    else:
+        url = request.getfixturevalue("postgres").new_database()
+    with running(tiny_folder(), url) as started:
         yield started
 
 

@@ -13,7 +13,7 @@ from alignkit_serve.auth import Infer
 from alignkit_serve.routes.serving import serving
 from alignkit_serve.schemas import ChatRequest, CompletionRequest, Sampled, ignored
 from alignkit_serve.service import Asked
-from alignkit_serve.streams import EventStream, whole
+from alignkit_serve.streams import EventStream, watch, whole
 from alignkit_serve.wire import Form, fingerprint
 
 router = APIRouter()
@@ -44,11 +44,14 @@ async def _answer(request: Request, asked: Asked) -> Response:
         headers["X-Alignkit-Ignored"] = ", ".join(name.encode("ascii", "replace").decode() for name in unread if name.isprintable())[:1000]
     if not asked.request.stream:
         return await whole(answers, request.receive, form, headers)
+    watching = watch(request.receive, answers)
     try:
         first = await answers.next()
     except BaseException:
         answers.cancel()
         raise
+    finally:
+        watching.cancel()
     return EventStream(answers, first, form, service.limits, headers)
 
 
