@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := quickstart
 
-.PHONY: demo test lint format docs bench bench-quick clean
+.PHONY: demo test lint format docs clients bench bench-quick clean
 
 demo: .venv/installed
 	$(BIN)/alignkit init quickstart --dir $(DEMO)
@@ -27,6 +27,16 @@ docs: .venv/installed
 	$(BIN)/python -c 'from alignkit.config import configuration_markdown; from alignkit.registry import find_plugins; \
 		print(configuration_markdown(find_plugins()), end="")' > docs/configuration.md
 
+# Clients of OpenAI's API that the server is tested with beside the official one for Python, each in an environment of its own.
+clients: .clients/installed
+
+.clients/installed: tests/serve/clients/requirements.txt tests/serve/clients/node/package.json
+	$(PYTHON) -m venv .clients/python
+	.clients/python/bin/pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements.txt
+	mkdir -p .clients/node && cp tests/serve/clients/node/package.json .clients/node
+	npm install --silent --no-audit --no-fund --prefix .clients/node
+	touch $@
+
 # About 40 minutes on two cores, without the peers' environments, which the first call makes.
 bench: .venv/installed
 	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench
@@ -42,4 +52,4 @@ bench-quick: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO) runs benchmarks/.peers
+	rm -rf .venv .clients $(DEMO) runs benchmarks/.peers

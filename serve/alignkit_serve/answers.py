@@ -125,7 +125,7 @@ class Answers:
         await asyncio.wait(both, timeout=self._limits.total_seconds, return_when=asyncio.FIRST_COMPLETED)
         status, error = self._outcome(drawing)
         # Of several answers one may have failed and the others not.
-        for each in (unwanted, drawing, *tasks):
+        for each in (*both, *tasks):
             each.cancel()
         await asyncio.gather(drawing, *tasks, return_exceptions=True)
         try:

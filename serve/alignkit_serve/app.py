@@ -28,7 +28,7 @@ ROUTERS = (completions.router, stored.router, models.router, admin.router, healt
 
 def create_app(service: Service, keys: Keys) -> FastAPI:
     """The application around a service. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
-    app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.keys = service, keys
     app.state.figures = figures = CollectorRegistry()
     scopes_of(ROUTERS)

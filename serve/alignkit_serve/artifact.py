@@ -47,7 +47,13 @@ def locate(path: Path) -> Artifact:
 
     Raises ``ArtifactError`` that says what was found and what is allowed.
     """
-    path = path.resolve()
+    try:
+        return _located(path.resolve())
+    except OSError as error:
+        raise ArtifactError(f"{str(path)[:200]} cannot be read: {error.strerror}") from error
+
+
+def _located(path: Path) -> Artifact:
     if (path / "run.json").is_file():
         return _of_run(path)
     if (path / "manifest.json").is_file() and "stage" in read_json(path / "manifest.json"):

@@ -89,7 +89,10 @@ def serve(
     drain: float,
     upstream: str | None,
 ) -> None:
-    """Serve the policy of a run, of a stage, or of any transformers folder, behind an OpenAI-compatible API."""
+    """Serve a policy behind an OpenAI-compatible API.
+
+    RUN_OR_POLICY is a run's folder (the last policy that it made), one of its stages, or any transformers folder.
+    """
     from alignkit.threads import wait_briefly
 
     wait_briefly()
@@ -178,7 +181,10 @@ def revoke_key(public_id: str, store: str) -> None:
 @_url
 @_key
 def promote(policy: str, url: str, key: str | None) -> None:
-    """Let a POLICY answer from now on: a path below the server's --models, or the name of one that is warm."""
+    """Let another policy answer from now on.
+
+    POLICY is a path below the server's --models, or the name of one that is warm.
+    """
     from alignkit_serve.client import Client
 
     version = Client(url, key).promote(policy)

@@ -15,6 +15,9 @@ from alignkit.api import Message, Prompt
 from alignkit_serve.errors import invalid, unsupported
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, StringConstraints(min_length=0)]
+"""Whole characters: pydantic looks only at a string with a bound, and half a surrogate pair is nothing that a tokenizer could read."""
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
@@ -95,14 +98,14 @@ class TextPart(_Request):
     """A piece of a message."""
 
     type: str
-    text: str | None = None
+    text: Text | None = None
 
 
 class ChatMessage(_Request):
     """One turn."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
 
 
 class ChatRequest(Sampled):
@@ -155,7 +158,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """``POST /v1/completions``: text to continue, or several."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -189,7 +192,7 @@ class StagePolicy(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    path: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
     promote: bool = False
 
 

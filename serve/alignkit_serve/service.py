@@ -137,7 +137,10 @@ class Service:
         room = serving.engine.capabilities().context_tokens
         wanted = max_tokens or 1
         if room is not None and encoded.tokens is not None and encoded.tokens + wanted > room:
-            message = f"the prompt has {encoded.tokens} tokens, which leaves {max(0, room - encoded.tokens)} of {room} for an answer"
+            left = max(0, room - encoded.tokens)
+            # Clients know it by OpenAI's words and by these; not all of them look at the code.
+            words = f"{'' if left else 'the prompt is too long: '}this model's maximum context length is {room} tokens"
+            message = f"{words}, and the prompt has {encoded.tokens}, which leaves {left} for an answer"
             asks = f", and {max_tokens} were asked for" if max_tokens else ""
             raise invalid(f"{message}{asks}", "messages", "context_length_exceeded")
         return encoded

@@ -8,7 +8,7 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,6 @@ _PREFILL_TOKENS = 1024
 _TOP_LOGPROBS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Broken:
-    """Delivered to every answer when the thread had to stop."""
-
-    error: BaseException
-
-
 class TorchEngine:
     """Answers with one policy. At most ``max_rows`` answers grow at once, the others wait in the order in which they came.
 
@@ -48,9 +41,10 @@ class TorchEngine:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[Decoder], None] | None] = queue.SimpleQueue()
-        self._answers: dict[int, asyncio.Queue[Event | _Broken]] = {}
+        self._answers: dict[int, asyncio.Queue[Event | None]] = {}  # None: the thread has stopped
         self._of: dict[int, int] = {}  # the decoder's number of an answer -> ours; the thread's
-        self._broken: BaseException | None = None
+        self._scores: set[asyncio.Future[list[float]]] = set()
+        self._ended: str | None = None  # why nothing is generated any more
         self._rows = self._waiting = self._drawn = 0
         self._invariant = False
         self._ready = threading.Event()
@@ -60,7 +54,7 @@ class TorchEngine:
     async def started(self) -> TorchEngine:
         """Wait until the weights are prepared. Raises ``EngineError`` when that failed."""
         await asyncio.to_thread(self._ready.wait)
-        if self._broken:
+        if self._ended:
             raise self._stopped()
         return self
 
@@ -87,9 +81,12 @@ class TorchEngine:
 
     async def generate(self, prompt: Encoded, parameters: Parameters) -> AsyncGenerator[Piece]:
         """One answer. Its row leaves the batch as soon as the iterator is closed."""
-        if self._broken:
+        if self._ended:
             raise self._stopped()
-        number, events = next(self._numbers), asyncio.Queue[Event | _Broken]()
+        vocabulary = len(self._codec.tokenizer)
+        if beyond := [token for token, _ in parameters.logit_bias if token >= vocabulary]:
+            raise PromptError(f"logit_bias names the token {beyond[0]}, and the policy has those from 0 to {vocabulary - 1}")
+        number, events = next(self._numbers), asyncio.Queue[Event | None]()
         self._answers[number] = events
         request = self._request(prompt, parameters)
         held: list[int] = []  # the decoder's own number, known once the thread has taken the request in
@@ -98,7 +95,7 @@ class TorchEngine:
         try:
             while True:
                 event = await events.get()
-                if isinstance(event, _Broken):
+                if event is None:
                     raise self._stopped()
                 piece = stream.take(self._token(event), event.finished)
                 yield piece
@@ -110,9 +107,15 @@ class TorchEngine:
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """Log-probabilities of a sequence's tokens but the first, by the weights and products that answer (nats)."""
+        if self._ended:
+            raise self._stopped()
         found: asyncio.Future[list[float]] = self._loop.create_future()
-        self._inbox.put(lambda decoder: self._post(partial(found.set_result, decoder.score(ids))))
-        return await found
+        self._scores.add(found)
+        self._inbox.put(lambda decoder: self._post(partial(self._scored, found, decoder.score(ids))))
+        try:
+            return await found
+        finally:
+            self._scores.discard(found)
 
     async def close(self) -> None:
         """End the thread and let go of the weights."""
@@ -155,11 +158,12 @@ class TorchEngine:
                 self._invariant = batch_invariant(model)
                 self._ready.set()
                 self._work(Decoder(model, max_rows=self._max_rows, prefill_tokens=_PREFILL_TOKENS, together=not self._invariant))
+            self._ended = "it was closed"
         # The thread's outermost frame: whatever went wrong is told to everyone who waits, and to everyone who comes later.
         except BaseException as error:
-            self._broken = error
-            self._post(partial(self._give_up, error))
+            self._ended = f"{type(error).__name__}: {error}"
         finally:
+            self._post(self._give_up)
             self._ready.set()
 
     def _work(self, decoder: Decoder) -> None:
@@ -199,12 +203,18 @@ class TorchEngine:
             if number is not None and number in self._answers:
                 self._answers[number].put_nowait(event)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _scored(self, found: asyncio.Future[list[float]], scores: list[float]) -> None:
+        if found in self._scores:  # and not cancelled
+            found.set_result(scores)
+
+    def _give_up(self) -> None:
         for events in self._answers.values():
-            events.put_nowait(_Broken(error))
+            events.put_nowait(None)
+        for found in self._scores:
+            found.set_exception(self._stopped())
 
     def _stopped(self) -> EngineError:
-        return EngineError(f"the engine has stopped: {type(self._broken).__name__}: {self._broken}")
+        return EngineError(f"the engine has stopped: {self._ended}")
 
 
 def batch_invariant(model: Decoding) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_whoever_leaves_while_waiting_never_comes_in(policy: CausalPolicy) -> No
 
 def test_a_bias_for_a_token_that_there_is_not_is_refused_and_harms_nobody(policy: CausalPolicy) -> None:
     async def work(engine: TorchEngine) -> None:
-        with pytest.raises(PromptError, match=r"999999999.*260"):
+        with pytest.raises(PromptError, match=r"999999999.* 0 to 259"):
             await answer(engine, PLAIN, Parameters(max_tokens=2, logit_bias=((999_999_999, 1.0),)))
         assert len(ids(await answer(engine, PLAIN, Parameters(max_tokens=2, logit_bias=((259, 1.0),))))) == 2
 
@@ -301,7 +302,8 @@ def asked_directly(upstream: Running, prompt: Prompt, parameters: Parameters) ->
 
 @pytest.mark.parametrize("prompt", [PLAIN, CHAT], ids=["plain", "chat"])
 def test_a_forwarded_answer_is_the_upstreams_own(upstream: Running, prompt: Prompt) -> None:
-    asked = [parameters for _, parameters in requests(random.Random(5))][:12]
+    # Of a continuation the API gives at most 5 alternatives.
+    asked = [replace(one, top_logprobs=min(one.top_logprobs, 5)) for _, one in requests(random.Random(5))][:12]
 
     async def work(engine: HttpEngine) -> list[list[Piece]]:
         return list(await asyncio.gather(*(answer(engine, prompt, parameters) for parameters in asked)))
@@ -315,8 +317,10 @@ def test_a_forwarded_answer_is_the_upstreams_own(upstream: Running, prompt: Prom
         assert ids(pieces) == about["token_ids"]
         assert [token.raw for token in drawn] == about["logprobs"]["raw"]
         assert [token.behaviour for token in drawn] == about["logprobs"]["behaviour"]
-        shown = b"".join(token.data for piece in pieces for token in piece.shown)
-        assert shown.decode(errors="replace").startswith(text.rstrip("\ufffd"))
+        if not prompt.plain:  # of a continuation the API does not tell bytes
+            # Special tokens, which come first, have no text.
+            shown = b"".join(token.data for piece in pieces for token in piece.shown if (token.id or 0) > 3)
+            assert shown.decode(errors="replace").startswith(text.rstrip("\ufffd"))
         reasons.add(reason)
     assert reasons == {"stop", "length"}
 

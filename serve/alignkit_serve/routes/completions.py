@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -38,10 +39,11 @@ async def _answer(request: Request, asked: Asked) -> Response:
         service.admission.meter(asked.key)
     answers = await service.begin(asked)
     form = _form(asked, answers)
-    headers = {"X-Alignkit-Policy": form.policy} if form.policy else {}
+    # A header takes only some letters and no space at its ends, and a name may be anything.
+    headers = {"X-Alignkit-Policy": quote(form.policy, safe="@")} if form.policy else {}
     if unread:
-        # A header takes only some letters, and a name may be anything.
-        headers["X-Alignkit-Ignored"] = ", ".join(name.encode("ascii", "replace").decode() for name in unread if name.isprintable())[:1000]
+        names = ", ".join(name.encode("ascii", "replace").decode() for name in unread if name.isprintable())
+        headers["X-Alignkit-Ignored"] = names[:1000].strip()
     if not asked.request.stream:
         return await whole(answers, request.receive, form, headers)
     watching = watch(request.receive, answers)
