@@ -2,12 +2,15 @@
 
 ``<!-- test -->`` before a Python block runs it (a document's blocks share one module); before a YAML block, checks it as a config.
 ``<!-- test: PATH -->`` names the file that a block stands for; the guide to plugins is tested as the package that it writes.
+A Python block that asks http://127.0.0.1:8000 asks a server of a tiny policy, with a key in ALIGNKIT_API_KEY.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +21,14 @@ from alignkit.config import load_config
 from alignkit.registry import find_plugins
 from alignkit.scaffold import write_plugin
 from tests.environments import make_environment
+from tests.fakes import tiny_folder
+from tests.serve.running import running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^<!-- test(?:: (?P<place>\S+))? -->\n```(?P<language>python|yaml)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+SERVER = "http://127.0.0.1:8000"
+"""Where documents say that a server is."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,17 @@ def blocks(document: Path) -> list[Block]:
     ]
 
 
+@contextmanager
+def served(found: list[Block], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Within, a server for the blocks that ask one, at the address given."""
+    if not any(SERVER in block.code for block in found if block.language == "python"):
+        yield SERVER
+        return
+    with running(tiny_folder(), f"sqlite:///{folder / 'alignkit.db'}") as server:
+        monkeypatch.setenv("ALIGNKIT_API_KEY", server.key("infer", "admin"))
+        yield server.url
+
+
 def test_marked_blocks_are_found(tmp_path: Path) -> None:
     document = tmp_path / "x.md"
     document.write_text(
@@ -57,15 +75,16 @@ def test_the_code_in_a_document_runs(document: Path, tmp_path: Path, monkeypatch
     # A real module: dataclasses look their annotations up in the module they were defined in.
     module = ModuleType(f"document_{document.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for block in blocks(document):
-        if block.place:
-            continue
-        if block.language == "python":
-            # The empty lines make a traceback show the document's own line.
-            exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), vars(module))
-        else:
-            (tmp_path / "config.yaml").write_text(block.code, encoding="utf-8")
-            load_config(tmp_path / "config.yaml", (), find_plugins())
+    found = [block for block in blocks(document) if not block.place]
+    with served(found, tmp_path, monkeypatch) as url:
+        for block in found:
+            if block.language == "python":
+                # The empty lines make a traceback show the document's own line.
+                code = "\n" * (block.line - 1) + block.code.replace(SERVER, url)
+                exec(compile(code, str(document), "exec"), vars(module))
+            else:
+                (tmp_path / "config.yaml").write_text(block.code, encoding="utf-8")
+                load_config(tmp_path / "config.yaml", (), find_plugins())
 
 
 @pytest.mark.slow

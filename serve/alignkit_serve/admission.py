@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,32 @@ from alignkit_serve.settings import Limits
 from alignkit_serve.store.keys import KeyRecord
 
 _RECENT_SECONDS = 20.0
+
+
+_REMEMBERED = 10_000
+
+
+class Meter:
+    """How much of what each name may take in a minute is left. The names that were not heard of for the longest time are forgotten."""
+
+    def __init__(self) -> None:
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # name -> (what is left, as of when)
+
+    def take(self, name: str, rpm: int, amount: int = 1) -> int:
+        """Take an amount of what is ``rpm`` in a minute: 0 if anything was left, else the seconds until there is again.
+
+        What is taken beyond what was left is missing later.
+        """
+        now = time.monotonic()
+        left, since = self._left.get(name, (float(rpm), now))
+        left = min(float(rpm), left + (now - since) * rpm / 60.0)
+        if left < 1.0:
+            return math.ceil((1.0 - left) * 60.0 / rpm)
+        self._left[name] = (left - amount, now)
+        self._left.move_to_end(name)
+        if len(self._left) > _REMEMBERED:
+            self._left.popitem(last=False)
+        return 0
 
 
 @dataclass(slots=True)
@@ -37,7 +63,7 @@ class Admission:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._of_key: Counter[str] = Counter()
-        self._rates: dict[str, tuple[float, float]] = {}  # key -> (requests left, as of when)
+        self._rates = Meter()
         self._drawn: deque[tuple[float, int]] = deque()
         self.answers = self.queued_tokens = 0
         self.draining = False
@@ -75,16 +101,12 @@ class Admission:
         rate = sum(tokens for _, tokens in self._drawn) / span
         return min(60, max(1, math.ceil(self.queued_tokens / max(rate, 1.0))))
 
-    def meter(self, key: KeyRecord) -> None:
-        """Take one request from what the key may ask in a minute. Raises ``ApiError`` 429 when nothing is left."""
-        if key.rate_rpm is None:
+    def meter(self, key: KeyRecord | None, amount: int = 1) -> None:
+        """Take a request, or several in one, from what the key may ask in a minute. Raises ``ApiError`` 429 when nothing is left."""
+        if key is None or key.rate_rpm is None:
             return
-        now = time.monotonic()
-        left, since = self._rates.get(key.id, (float(key.rate_rpm), now))
-        left = min(float(key.rate_rpm), left + (now - since) * key.rate_rpm / 60.0)
-        if left < 1.0:
-            raise busy("rate_limited", f"this key may ask {key.rate_rpm} times a minute", math.ceil((1.0 - left) * 60.0 / key.rate_rpm))
-        self._rates[key.id] = (left - 1.0, now)
+        if seconds := self._rates.take(key.id, key.rate_rpm, amount):
+            raise busy("rate_limited", f"this key may ask {key.rate_rpm} times a minute", seconds)
 
     def _check(self, key: KeyRecord | None, name: str, answers: int, prompt_tokens: int) -> None:
         if self.draining:

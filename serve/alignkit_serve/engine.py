@@ -26,7 +26,7 @@ class Capabilities:
     ``context_tokens``: prompt and answer together; None where the engine does not say. ``top_logprobs``: of how many of the likeliest
     tokens it gives log-probabilities; -1 where it gives none at all, not even those of the tokens drawn. ``behaviour_logprobs``: whether
     it knows those of the distribution that a token was drawn from. ``batch_invariant``: whether an answer is the same to the last bit
-    whoever else is answered at the time.
+    whoever else is answered at the time. ``vocabulary``: the ids of tokens are below it; None where the engine does not say.
     """
 
     context_tokens: int | None
@@ -35,6 +35,7 @@ class Capabilities:
     token_ids: bool
     top_k: bool
     batch_invariant: bool
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,9 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Give everything back; nothing is being generated any more."""
+
+    def problem(self) -> str | None:
+        """Why it cannot answer any more; None as long as it can."""
 
     def figures(self) -> Mapping[str, float]:
         """Gauges for monitoring: ``rows`` being decoded, ``waiting``, ``tokens`` drawn in all."""

@@ -151,6 +151,10 @@ class HttpEngine:
         """Close the connections."""
         await self._client.aclose()
 
+    def problem(self) -> str | None:
+        """None: an upstream that is gone may be back at the next request."""
+        return None
+
     def figures(self) -> Mapping[str, float]:
         """``waiting``: answers asked for of which no token has come."""
         return {"rows": self._growing, "waiting": self._waiting, "tokens": self._drawn}

@@ -57,7 +57,7 @@ async def load_upstream(path: Path, *, url: str, key: str | None) -> Warm:
     version = hashlib.sha256(f"{url} {model}".encode()).hexdigest()[:12]
     engine = await HttpEngine(url, model, api_key=key, policy_version=version).started()
     named = PolicyVersion(
-        id=version, name=f"{model}@{version}", base_model=model, path=str(path), template_sha256="", created_at=datetime.now(UTC)
+        id=version, name=f"{model}@{version}", base_model=model, path=model, template_sha256="", created_at=datetime.now(UTC)
     )
     return Warm(named, engine, {"files": "another server's", "template": "another server's", "probe_gap_nats": None})
 

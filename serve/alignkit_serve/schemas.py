@@ -77,6 +77,7 @@ class Sampled(_Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    store: bool | None = Field(None, description="false: nothing but counters is kept")
     return_token_ids: bool | None = Field(None, description="vLLM's name for alignkit.return_token_ids")
     alignkit: Extras = Field(default_factory=Extras)
 
@@ -116,7 +117,6 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: Metadata | None = None
-    store: bool | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None

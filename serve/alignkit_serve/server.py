@@ -115,7 +115,8 @@ async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[
 def _greeting(settings: Settings, policy: str) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     store = shown_store(settings.store)
-    key = f"make a key: alignkit keys create --scopes infer --store {store}" if settings.auth else "no key is needed (--no-auth)"
+    same = store if store == settings.store else "URL, the same as here"
+    key = f"make a key: alignkit keys create --scopes infer --store {same}" if settings.auth else "no key is needed (--no-auth)"
     return f"http://{host}:{settings.port} serves {policy}; store {store}; {key}"
 
 

@@ -66,7 +66,7 @@ class Service:
             servings = [until_over.enter_context(self.roster.leased(name)) for name in self._names(request)]
             for serving in servings:
                 self._check(asked, serving.engine.capabilities())
-            prompts = [[await self._encoded(serving, prompt, asked.max_tokens) for serving in servings] for prompt in asked.prompts]
+            prompts = [[await self._encoded(asked, serving, prompt) for serving in servings] for prompt in asked.prompts]
             count = len(servings) if len(servings) > 1 else request.n or 1
             tokens = sum(encoded.tokens or 0 for per_prompt in prompts for encoded in per_prompt)
             ticket = until_over.enter_context(self.admission.admitted(asked.key, count * len(prompts), tokens))
@@ -125,24 +125,24 @@ class Service:
         if (request.alignkit.return_token_ids or request.return_token_ids) and not can.token_ids:
             raise unsupported("alignkit.return_token_ids", "this engine does not tell token ids")
 
-    async def _encoded(self, serving: Serving, prompt: Prompt, max_tokens: int | None) -> Encoded:
+        if can.vocabulary is not None and (beyond := [token for token, _ in request.biases() if token >= can.vocabulary]):
+            raise invalid(f"logit_bias names the token {beyond[0]}; this policy has those from 0 to {can.vocabulary - 1}", "logit_bias")
+
+    async def _encoded(self, asked: Asked, serving: Serving, prompt: Prompt) -> Encoded:
+        param = "messages" if asked.endpoint == "chat" else "prompt"
         characters = sum(len(message.content) for message in prompt.messages)
         if characters > self.limits.prompt_characters:
             message = f"the prompt has {characters} characters; at most {self.limits.prompt_characters} are read"
-            raise invalid(message, "messages", "context_length_exceeded")
+            raise invalid(message, param, "context_length_exceeded")
         try:
             encoded = await asyncio.to_thread(serving.engine.encode, prompt)
         except PromptError as error:
-            raise invalid(str(error), "messages", "invalid_prompt") from error
+            raise invalid(str(error), param, "invalid_prompt") from error
         room = serving.engine.capabilities().context_tokens
-        wanted = max_tokens or 1
-        if room is not None and encoded.tokens is not None and encoded.tokens + wanted > room:
-            left = max(0, room - encoded.tokens)
-            # Clients know it by OpenAI's words and by these; not all of them look at the code.
-            words = f"{'' if left else 'the prompt is too long: '}this model's maximum context length is {room} tokens"
-            message = f"{words}, and the prompt has {encoded.tokens}, which leaves {left} for an answer"
-            asks = f", and {max_tokens} were asked for" if max_tokens else ""
-            raise invalid(f"{message}{asks}", "messages", "context_length_exceeded")
+        if room is not None and encoded.tokens is not None and encoded.tokens + (asked.max_tokens or 1) > room:
+            message = f"the prompt has {encoded.tokens} tokens, which leaves {max(0, room - encoded.tokens)} of {room} for an answer"
+            asks = f", and {asked.max_tokens} were asked for" if asked.max_tokens else ""
+            raise invalid(f"{message}{asks}", param, "context_length_exceeded")
         return encoded
 
     def _prepared(
@@ -252,7 +252,7 @@ def continuation(request: CompletionRequest, request_id: str, key: KeyRecord | N
         max_tokens=request.max_tokens or 16,  # OpenAI's default here
         top_logprobs=request.logprobs,
         metadata={},
-        store=True,
+        store=request.store is not False,
         request_id=request_id,
         key=key,
     )

@@ -10,7 +10,6 @@ class Limits:
     """Sizes are counted before anything is tokenised; seconds are wall time."""
 
     body_bytes: int = 1 << 20
-    messages: int = 256
     prompt_characters: int = 400_000
     choices: int = 16
     rows: int = 32
@@ -29,3 +28,5 @@ class Limits:
     ping_seconds: float = 15.0
     default_max_tokens: int | None = None
     """Tokens of an answer where the request names no number; None: as many as the context has room for."""
+    feedback_per_target_rpm: int = 120
+    """Feedback on one target in a minute, whoever gives it."""

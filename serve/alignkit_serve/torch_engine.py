@@ -67,6 +67,7 @@ class TorchEngine:
             token_ids=True,
             top_k=True,
             batch_invariant=self._invariant,
+            vocabulary=len(self._codec.tokenizer),
         )
 
     def encode(self, prompt: Prompt) -> Encoded:
@@ -83,9 +84,6 @@ class TorchEngine:
         """One answer. Its row leaves the batch as soon as the iterator is closed."""
         if self._ended:
             raise self._stopped()
-        vocabulary = len(self._codec.tokenizer)
-        if beyond := [token for token, _ in parameters.logit_bias if token >= vocabulary]:
-            raise PromptError(f"logit_bias names the token {beyond[0]}, and the policy has those from 0 to {vocabulary - 1}")
         number, events = next(self._numbers), asyncio.Queue[Event | None]()
         self._answers[number] = events
         request = self._request(prompt, parameters)
@@ -121,6 +119,10 @@ class TorchEngine:
         """End the thread and let go of the weights."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    def problem(self) -> str | None:
+        """What its thread stopped of."""
+        return None if self._ended is None else str(self._stopped())
 
     def figures(self) -> Mapping[str, float]:
         """As of the last step."""
@@ -204,14 +206,15 @@ class TorchEngine:
                 self._answers[number].put_nowait(event)
 
     def _scored(self, found: asyncio.Future[list[float]], scores: list[float]) -> None:
-        if found in self._scores:  # and not cancelled
+        if not found.done():
             found.set_result(scores)
 
     def _give_up(self) -> None:
         for events in self._answers.values():
             events.put_nowait(None)
         for found in self._scores:
-            found.set_exception(self._stopped())
+            if not found.done():
+                found.set_exception(self._stopped())
 
     def _stopped(self) -> EngineError:
         return EngineError(f"the engine has stopped: {self._ended}")

@@ -36,6 +36,7 @@ class ScriptedEngine:
     finished: int = 0
     cancelled: int = 0
     closed: bool = False
+    broken: str | None = None
     hold: asyncio.Event | None = None
     seen: list[Parameters] = field(default_factory=list)
 
@@ -68,6 +69,9 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         self.closed = True
+
+    def problem(self) -> str | None:
+        return self.broken
 
     def figures(self) -> Mapping[str, float]:
         return {"rows": self.begun - self.finished - self.cancelled}

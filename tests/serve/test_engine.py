@@ -23,7 +23,7 @@ from alignkit.models.causal_lm import CausalPolicy
 from alignkit.models.decoding import Decoding
 from alignkit.rollout.noise import noise_key
 from alignkit.types import TokenRow
-from alignkit_serve.engine import EngineError, Parameters, Piece, PromptError
+from alignkit_serve.engine import EngineError, Parameters, Piece
 from alignkit_serve.http_engine import HttpEngine
 from alignkit_serve.loading import load_upstream
 from alignkit_serve.torch_engine import TorchEngine
@@ -174,15 +174,6 @@ def test_whoever_leaves_while_waiting_never_comes_in(policy: CausalPolicy) -> No
     using(policy, work, max_rows=1)
 
 
-def test_a_bias_for_a_token_that_there_is_not_is_refused_and_harms_nobody(policy: CausalPolicy) -> None:
-    async def work(engine: TorchEngine) -> None:
-        with pytest.raises(PromptError, match=r"999999999.* 0 to 259"):
-            await answer(engine, PLAIN, Parameters(max_tokens=2, logit_bias=((999_999_999, 1.0),)))
-        assert len(ids(await answer(engine, PLAIN, Parameters(max_tokens=2, logit_bias=((259, 1.0),))))) == 2
-
-    using(policy, work)
-
-
 class Breaking:
     """A policy whose model raises once ``broken`` is set."""
 
@@ -262,6 +253,29 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield started
 
 
+def test_a_bias_for_a_token_that_there_is_not_is_refused_and_harms_nobody(upstream: Running) -> None:
+    with upstream.http() as client:
+        ask = {"model": "live", "prompt": "a", "max_tokens": 2}
+        refused = client.post("/v1/completions", json={**ask, "logit_bias": {"5": 1, "260": 1}})
+        assert refused.json()["error"]["param"] == "logit_bias"
+        assert "260; this policy has those from 0 to 259" in refused.json()["error"]["message"]
+        assert client.post("/v1/completions", json={**ask, "logit_bias": {"259": 1}}).status_code == 200
+
+
+def test_half_of_a_surrogate_pair_is_refused_before_a_tokenizer_sees_it(upstream: Running) -> None:
+    half = "\\ud83d"
+    with upstream.http() as client:
+        for path, asks in (
+            ("chat/completions", f'"messages": [{{"role": "user", "content": "{half}"}}]'),
+            ("chat/completions", f'"messages": [{{"role": "user", "content": [{{"type": "text", "text": "{half}"}}]}}]'),
+            ("completions", f'"prompt": "{half}"'),
+            ("completions", f'"prompt": ["a", "{half}"]'),
+        ):
+            response = client.post(f"/v1/{path}", content='{"model": "live", ' + asks + "}", headers={"Content-Type": "application/json"})
+            assert response.status_code == 400
+            assert "unicode" in response.json()["error"]["message"]
+
+
 def forwarding(upstream: Running, work: Callable[[HttpEngine], Awaitable[Any]]) -> Any:
     """What ``work`` makes of an engine that forwards to ``upstream``."""
 
@@ -303,7 +317,9 @@ def asked_directly(upstream: Running, prompt: Prompt, parameters: Parameters) ->
 @pytest.mark.parametrize("prompt", [PLAIN, CHAT], ids=["plain", "chat"])
 def test_a_forwarded_answer_is_the_upstreams_own(upstream: Running, prompt: Prompt) -> None:
     # Of a continuation the API gives at most 5 alternatives.
-    asked = [replace(one, top_logprobs=min(one.top_logprobs, 5)) for _, one in requests(random.Random(5))][:12]
+    asked = [replace(one, top_logprobs=min(one.top_logprobs, 5)) for _, one in requests(random.Random(5))][:8]
+    texts = [asked_directly(upstream, prompt, one)[0] for one in asked]
+    asked += [replace(one, stop=(text[2:4], "never said")) for one, text in zip(asked, texts, strict=True) if len(text) > 3]
 
     async def work(engine: HttpEngine) -> list[list[Piece]]:
         return list(await asyncio.gather(*(answer(engine, prompt, parameters) for parameters in asked)))

@@ -246,3 +246,12 @@ def test_cancelled_requests_leave_nothing_behind(tmp_path: Path) -> None:
 
         assert objects_after(50) <= objects_after(5) + 5
         assert engine.begun == engine.cancelled + engine.finished
+
+
+def test_a_server_whose_engine_has_stopped_is_not_ready(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with serving(tmp_path, engine) as server:
+        assert httpx.get(f"{server.url}/ready", trust_env=False).status_code == 200
+        engine.broken = "the engine has stopped: a cable is loose"
+        told = httpx.get(f"{server.url}/ready", trust_env=False)
+        assert (told.status_code, told.json()["error"]["message"]) == (503, engine.broken)

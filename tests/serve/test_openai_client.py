@@ -164,6 +164,19 @@ def test_stored_completions_are_listed_tagged_and_deleted(server: Running) -> No
 def test_what_is_not_to_be_stored_is_not(client: OpenAI, server: Running) -> None:
     answer = ask(client, store=False)
     assert server.store.read(lambda connection: inferences.get(connection, answer.id)) is None
+    plain = client.completions.create(model="live", prompt="The film", max_tokens=2, extra_body={"store": False})
+    assert server.store.read(lambda connection: inferences.get(connection, plain.id)) is None
+
+
+def test_only_a_chat_that_is_done_can_be_tagged_or_deleted(client: OpenAI, server: Running) -> None:
+    plain = client.completions.create(model="live", prompt="The film", max_tokens=2)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.update(plain.id, metadata={"a": "b"})
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.delete(plain.id)
+    stored = server.store.read(lambda connection: inferences.get(connection, plain.id))
+    assert stored is not None
+    assert stored.inference.metadata == {}
 
 
 def test_plain_completions(client: OpenAI) -> None:

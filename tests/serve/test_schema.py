@@ -80,21 +80,52 @@ def asked() -> list[tuple[str, str, GenerationMode]]:
     return found
 
 
+REFUSED = {("post", "/v1/admin/policies"), ("post", "/v1/admin/rollback")}
+"""There is nothing to load, and nothing to go back to."""
+
+
+GRANTED = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stream",
+    "stream_options",
+    "user",
+    "stop",
+    "metadata",
+    "store",
+    "return_token_ids",
+]
+"""Fields any right value of which the engine can do something with."""
+
+
 @pytest.mark.parametrize(("method", "path", "mode"), asked())
 def test_what_the_schema_describes_and_what_it_forbids(
-    described: BaseSchema, server: Running, method: str, path: str, mode: GenerationMode
+    described: BaseSchema, server: Running, client: httpx.Client, method: str, path: str, mode: GenerationMode
 ) -> None:
-    operation = described[path][method]
     key = {"Authorization": f"Bearer {server.key(*SCOPES)}"}
+    ids = {"/v1/models/{id}": "live", "/v1/admin/policies/{id}/promote": "id-only"}
+    statuses = set()
     with requests.Session() as session:
-
-        @given(operation.as_strategy(generation_mode=mode))
+        # A name that is not there would be all that most requests are told about.
+        @given(case=described[path][method].as_strategy(generation_mode=mode), there=st.booleans())
         @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-        def call(case: schemathesis.Case) -> None:
+        def call(case: schemathesis.Case, there: bool) -> None:
+            if there and "id" in case.path_parameters:
+                case.path_parameters["id"] = ids.get(path) or post(client, hello()).json()["id"]
+            if there and isinstance(case.body, dict) and "model" in case.body:
+                granted = {name: value for name, value in case.body.items() if name in GRANTED}
+                case.body = {**granted, **(HELLO if path.endswith("chat/completions") else {**HELLO, "prompt": "Hello"})}
             response = case.call(base_url=server.url, headers=key, session=session, timeout=30)
             check(response.status_code, response.headers["content-type"][0], response.content)
+            statuses.add(response.status_code)
 
         call()
+    if mode is GenerationMode.POSITIVE:
+        assert (200 in statuses) == ((method, path) not in REFUSED)
 
 
 def check(status: int, content_type: str, body: bytes) -> None:
@@ -266,6 +297,24 @@ POLICIES = ["\x00", "..", "../..", "/etc/passwd", ".", "a" * 4096, "a/" * 2000, 
 @pytest.mark.parametrize("path", POLICIES)
 def test_paths_that_are_no_policy(client: httpx.Client, path: str) -> None:
     assert post(client, json.dumps({"path": path, "promote": True}), "/v1/admin/policies").status_code == 400
+
+
+def test_what_a_database_does_not_keep_is_no_mistake_on_any(tmp_path: Path, database_url: str) -> None:
+    nul = '"a\\u0000b"'
+    everywhere = hello(messages=f'[{{"role": "user", "content": {nul}}}]', user=nul, metadata=f"{{{nul}: {nul}}}", stop=nul)
+    elsewhere = hello(alignkit=f'{{"episode_id": {nul}, "consent": {{"train": true, "version": {nul}}}}}')
+    with running(tmp_path / "only", database_url, load=scripted(only=ScriptedEngine())) as server, server.http(*SCOPES) as client:
+        for body in (everywhere, elsewhere):
+            id = post(client, body).json()["id"]
+            assert client.get(f"/v1/chat/completions/{id}").status_code == 200
+        assert post(client, f'{{"metadata": {{{nul}: {nul}}}}}', f"/v1/chat/completions/{id}").status_code == 200
+        assert post(client, hello(model=nul)).status_code == 404
+        assert post(client, hello(alignkit=f'{{"policy": {nul}}}')).status_code == 404
+        assert client.delete("/v1/chat/completions/a%00b").status_code == 404
+        assert post(client, '{"metadata": {}}', "/v1/chat/completions/a%00b").status_code == 404
+        for path, status in PATHS.items():
+            assert client.get(path).status_code == status, path
+        assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": b"Bearer \xff"}, trust_env=False).status_code == 401
 
 
 def spoken(server: Running, *said: bytes, answers: int = 1, leaves: bool = False) -> list[int]:

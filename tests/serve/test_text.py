@@ -162,7 +162,7 @@ def test_the_tokens_shown_are_the_first_drawn_and_cover_the_text(name: str, data
     if codec.decode(answer.ids) != text:
         # The text was cut: no token is listed that begins behind the cut. A token begins where the whole characters before it end.
         begins, there = [], 0
-        for number in range(len(drawn)):
+        for number in range(min(len(drawn), len(answer.ids))):  # a stop token has no text
             before = codec.decode(drawn[:number])
             there = there if before.endswith("\ufffd") else len(before)
             begins.append(there)

@@ -23,10 +23,12 @@ async def health(allowed: Anyone) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request, allowed: Anyone) -> dict[str, Any]:
-    """It takes work: 503 while it starts, and from the moment it was asked to stop."""
+    """It takes work: 503 from the moment it was asked to stop, and when the live policy's engine cannot go on."""
     service = serving(request)
     if service.admission.draining:
         raise unavailable("draining", "the server is about to stop", 5)
+    if problem := service.roster.live().engine.problem():
+        raise unavailable("engine_unavailable", problem, 60)
     return {"status": "ready"}
 
 

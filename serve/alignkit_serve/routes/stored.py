@@ -65,6 +65,7 @@ async def messages(
 @router.post("/{id}")
 async def update(request: Request, id: str, body: MetadataUpdate, caller: Infer) -> dict[str, Any]:
     """Tag a stored completion anew."""
+    await _found(request, id, caller)
     changed = await serving(request).store.awrite(
         lambda connection: inferences.set_metadata(connection, id, body.metadata or {}, api_key_id=_own(caller))
     )
@@ -76,6 +77,7 @@ async def update(request: Request, id: str, body: MetadataUpdate, caller: Infer)
 @router.delete("/{id}")
 async def delete(request: Request, id: str, caller: Infer) -> dict[str, Any]:
     """Erase a stored completion's words; that there was one stays known."""
+    await _found(request, id, caller)
     deleted = await serving(request).store.awrite(lambda connection: inferences.delete(connection, id, api_key_id=_own(caller)))
     if not deleted:
         raise _missing(id)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     LargeBinary,
@@ -121,6 +122,18 @@ policy_version = Table(
 _live = policy_version.c.state == "live"
 Index("policy_version_live", policy_version.c.state, unique=True, sqlite_where=_live, postgresql_where=_live)
 
+annotator = Table(
+    "annotator",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("subject_hmac", Words, nullable=False, unique=True),
+    Column("kind", Words, nullable=False),
+    Column("weight", Float, nullable=False),
+    Column("status", Words, nullable=False),
+    Column("consent_version", Words),
+    Column("consent_at", Moment),
+)
+
 api_key = Table(
     "api_key",
     metadata,
@@ -136,6 +149,7 @@ api_key = Table(
     Column("expires_at", Moment),
     Column("revoked_at", Moment),
     Column("last_used_at", Moment),
+    Column("annotator_id", Words, ForeignKey("annotator.id")),
 )
 
 inference = Table(
@@ -168,6 +182,8 @@ inference = Table(
 )
 _running = inference.c.status == "running"
 Index("inference_running", inference.c.status, sqlite_where=_running, postgresql_where=_running)
+_in_episode = inference.c.episode_id.is_not(None)
+Index("inference_episode", inference.c.episode_id, sqlite_where=_in_episode, postgresql_where=_in_episode)
 
 completion = Table(
     "completion",
@@ -203,6 +219,58 @@ cmp_candidate = Table(
     Column("slot", BigInteger, primary_key=True, autoincrement=False),
     Column("completion_id", Words, ForeignKey("completion.id"), nullable=False),
     UniqueConstraint("group_id", "completion_id"),
+)
+
+metric = Table(
+    "metric",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("name", Words, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("type", Words, nullable=False),
+    Column("level", Words, nullable=False),
+    Column("lo", Float),
+    Column("hi", Float),
+    Column("categories", Json),
+    Column("optimize", Words),
+    UniqueConstraint("name", "version"),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("first_id", Words, ForeignKey("feedback.id"), nullable=False),
+    Column("supersedes_id", Words, ForeignKey("feedback.id"), unique=True),
+    Column("kind", Words, nullable=False),
+    Column("target_type", Words, nullable=False),
+    Column("target_id", Words, nullable=False),
+    Column("inference_id", Words, ForeignKey("inference.id")),
+    Column("metric_id", Words, ForeignKey("metric.id")),
+    # Whoever asks without a key is an annotator too: NULL would be equal to no other NULL, and nothing would keep a key from coming twice.
+    Column("annotator_id", Words, ForeignKey("annotator.id"), nullable=False),
+    Column("api_key_id", Words, ForeignKey("api_key.id")),
+    Column("value", Json, nullable=False),
+    Column("rationale", Words),
+    Column("presentation", Json),
+    Column("source", Words, nullable=False),
+    Column("idem_key", Words, nullable=False),
+    Column("body_sha256", Words, nullable=False),
+    Column("occurred_at", Moment, nullable=False),
+    Column("received_at", Moment, nullable=False),
+    Column("state", Words, nullable=False),
+    Column("reason", Words),
+    UniqueConstraint("annotator_id", "idem_key"),
+    Index("feedback_target", "target_id", "id"),
+    Index("feedback_history", "first_id"),
+)
+
+rank_entry = Table(
+    "rank_entry",
+    metadata,
+    Column("feedback_id", Words, ForeignKey("feedback.id"), primary_key=True),
+    Column("completion_id", Words, ForeignKey("completion.id"), primary_key=True),
+    Column("rank", BigInteger, nullable=False),
 )
 
 audit = Table(
