@@ -14,15 +14,16 @@ from starlette.exceptions import HTTPException
 import alignkit
 from alignkit.api import AlignkitError
 from alignkit_serve.auth import Keys, scopes_of
+from alignkit_serve.desk import Desk
 from alignkit_serve.envelope import Envelope
-from alignkit_serve.errors import ApiError, unavailable
-from alignkit_serve.routes import admin, completions, health, models, pages, stored
+from alignkit_serve.errors import ApiError, problems, unavailable
+from alignkit_serve.routes import admin, completions, feedback, health, models, pages, stored
 from alignkit_serve.service import Service
 from alignkit_serve.store import StoreError, StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
 
-ROUTERS = (completions.router, stored.router, models.router, admin.router, health.router, pages.router)
+ROUTERS = (completions.router, stored.router, feedback.router, models.router, admin.router, health.router, pages.router)
 """Every route that there is."""
 
 
@@ -31,6 +32,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.keys = service, keys
     app.state.figures = figures = CollectorRegistry()
+    app.state.desk = Desk(service.store, figures, per_target_rpm=service.limits.feedback_per_target_rpm)
     scopes_of(ROUTERS)
     for router in ROUTERS:
         app.include_router(router)
@@ -58,26 +60,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Every field that is wrong, in words; ``param`` is the first."""
     assert isinstance(error, RequestValidationError)
-    problems = [_problem(each) for each in error.errors()]
-    message = "; ".join(f"{where}: {text}" if where else text for where, text in dict.fromkeys(problems))
-    return await _http_error(request, ApiError(400, "invalid_request", message[:2000], param=problems[0][0] or None))
-
-
-def _problem(found: Any) -> tuple[str, str]:
-    if found["type"] == "json_invalid":
-        return "", f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][1]}"
-    return _where(found["loc"]), found["msg"]
-
-
-def _where(location: Any) -> str:
-    """``messages[0].content`` for a field; of the forms that a field may have, pydantic names each, which says nothing to a client."""
-    path = ""
-    for part in location[1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier():
-            path += f".{part}" if path else part
-    return path.removesuffix(".str").removesuffix(".list")
+    message, param = problems(error.errors())
+    return await _http_error(request, ApiError(400, "invalid_request", message, param=param))
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -10,10 +10,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
+from sqlalchemy import Connection
 from starlette.routing import BaseRoute
 
+from alignkit_serve import passes
 from alignkit_serve.errors import ApiError
-from alignkit_serve.store import Store, StoreError, keys
+from alignkit_serve.passes import Pass
+from alignkit_serve.store import Store, StoreError, keys, secrets
+from alignkit_serve.store.annotators import Author
 from alignkit_serve.store.keys import SCOPES, KeyRecord
 
 PUBLIC = "public"
@@ -25,14 +29,30 @@ _FRESH_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: the holder of a key, or, without authentication, anyone."""
+    """Who asks: the holder of a key, or of a token that one gave away, or, without authentication, anyone."""
 
     key: KeyRecord | None
+    token: Pass | None = None
 
     @property
     def name(self) -> str:
         """For the audit."""
         return f"key {self.key.public_id}" if self.key else "anyone"
+
+    @property
+    def author(self) -> Author:
+        """Who it is that judges: never what a request says of itself."""
+        return Author(self.key.id if self.key else None, self.token.subject if self.token else None)
+
+    @property
+    def within(self) -> str | None:
+        """The one inference that may be spoken of; None: any."""
+        return self.token.inference_id if self.token else None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether what others said may be seen and changed."""
+        return self.token is None and (self.key is None or "admin" in self.key.scopes)
 
 
 class Keys:
@@ -42,47 +62,79 @@ class Keys:
         self._store = store
         self.required = required
         self._known: dict[str, tuple[float, KeyRecord]] = {}
+        self._secret: bytes | None = None
 
-    async def caller(self, request: Request, scope: str) -> Caller:
-        """Who sent the request. Raises ``ApiError`` 401 without a key in force, 403 where the key does not allow it."""
+    async def caller(self, request: Request, scopes: Sequence[str], *, tokens: bool) -> Caller:
+        """Who sent the request; one of the ``scopes`` is enough, and ``tokens`` may do here what they can.
+
+        Raises ``ApiError`` 401 without a key or token in force, 403 where the key does not allow it.
+        """
+        kind, _, text = request.headers.get("authorization", "").partition(" ")
+        text = text.strip() if kind.lower() == "bearer" else ""
+        if tokens and text.startswith(passes.PREFIX):
+            return await self._bearer(text)
         if not self.required:
             return Caller(None)
-        kind, _, text = request.headers.get("authorization", "").partition(" ")
-        key = await self._find(text.strip()) if kind.lower() == "bearer" else None
+        key = await self._find(text) if text else None
         if key is None:
             message = "there is no API key in force in the header Authorization: Bearer ...; `alignkit keys create` makes one"
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
-        if scope not in key.scopes:
-            message = f"this key may do: {', '.join(key.scopes)}; here the scope {scope!r} is needed"
+        if not any(scope in key.scopes for scope in scopes):
+            message = f"this key may do: {', '.join(key.scopes)}; here the scope {' or '.join(map(repr, scopes))} is needed"
             raise ApiError(403, "insufficient_scope", message)
         return Caller(key)
 
+    async def token(self, caller: Caller, inference_id: str, subject: str, seconds: int) -> tuple[str, int]:
+        """A token for the answers of one inference, and when it is over (seconds since 1970)."""
+        expires = int(time.time()) + seconds
+        return Pass(inference_id, subject, caller.key.id if caller.key else None, expires).text(await self._signing()), expires
+
+    async def _bearer(self, text: str) -> Caller:
+        token = passes.read(text, await self._signing())
+        key = await self._of_id(token.api_key_id) if token and token.api_key_id else None
+        if token is None or (key is None and (token.api_key_id is not None or self.required)):
+            message = "this feedback token is not in force; ask the application that gave it for another"
+            raise ApiError(401, "invalid_token", message, headers={"WWW-Authenticate": "Bearer"})
+        return Caller(key, token)
+
+    async def _signing(self) -> bytes:
+        if self._secret is None:
+            self._secret = await self._store.awrite(lambda connection: secrets.secret(connection, passes.SECRET))
+        return self._secret
+
+    async def _of_id(self, id: str) -> KeyRecord | None:
+        return await self._remembered(id, lambda connection: keys.in_force(connection, id))
+
     async def _find(self, text: str) -> KeyRecord | None:
+        return await self._remembered(text, lambda connection: keys.find(connection, text))
+
+    async def _remembered(self, name: str, find: Callable[[Connection], KeyRecord | None]) -> KeyRecord | None:
         now = time.monotonic()
-        fresh, key = self._known.get(text, (0.0, None))
+        fresh, key = self._known.get(name, (0.0, None))
         if key is None or now > fresh:
             try:
-                key = await self._store.aread(lambda connection: keys.find(connection, text))
+                key = await self._store.aread(find)
             except StoreError as error:
                 raise ApiError(503, "store_unavailable", f"keys cannot be looked up: {error}", headers={"Retry-After": "5"}) from error
-            self._known.pop(text, None)
+            self._known.pop(name, None)
             if key is None:
                 return None  # not remembered: guesses must not fill the memory
-            self._known[text] = (now + _FRESH_SECONDS, key)
-            self._store.write(lambda connection: keys.touch(connection, key.id, datetime.now(UTC)))
+            used = key
+            self._known[name] = (now + _FRESH_SECONDS, used)
+            self._store.write(lambda connection: keys.touch(connection, used.id, datetime.now(UTC)))
         expired = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
         return None if expired else key
 
 
-def _needs(scope: str) -> Callable[[Request], Awaitable[Caller]]:
-    """The dependency of a route that needs ``scope``."""
-    assert scope in SCOPES
+def _needs(*scopes: str, tokens: bool = False) -> Callable[[Request], Awaitable[Caller]]:
+    """The dependency of a route that needs one of ``scopes``, of which the first is the one that a route is listed with."""
+    assert set(scopes) <= set(SCOPES)
 
     async def caller(request: Request) -> Caller:
         found: Keys = request.app.state.keys
-        return await found.caller(request, scope)
+        return await found.caller(request, scopes, tokens=tokens)
 
-    _SCOPES[caller] = scope
+    _SCOPES[caller] = scopes[0]
     return caller
 
 
@@ -94,6 +146,9 @@ _SCOPES: dict[Callable[..., Any], str] = {anyone: PUBLIC}
 """The scope of each dependency that is one."""
 
 Infer = Annotated[Caller, Depends(_needs("infer"))]
+Judge = Annotated[Caller, Depends(_needs("feedback:write", tokens=True))]
+Reader = Annotated[Caller, Depends(_needs("feedback:read", tokens=True))]
+Giver = Annotated[Caller, Depends(_needs("infer", "feedback:write"))]
 Admin = Annotated[Caller, Depends(_needs("admin"))]
 Anyone = Annotated[None, Depends(anyone)]
 """What a route's signature names: who calls, with the scope that they need."""

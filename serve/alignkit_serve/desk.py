@@ -16,7 +16,14 @@ from alignkit_serve.store.feedback import Accepted, Opinion, Outcome, Refused
 AT_ONCE = 1000
 """Opinions in one transaction; one who sends many does not keep the others waiting for longer than that takes."""
 
-_STATUS = {"not_found": 404, "not_stored": 409, "invalid_value": 400, "idempotency_conflict": 409, "superseded": 409, "annotator_blocked": 403}
+_STATUS = {
+    "not_found": 404,
+    "not_stored": 409,
+    "invalid_value": 400,
+    "idempotency_conflict": 409,
+    "superseded": 409,
+    "annotator_blocked": 403,
+}
 
 
 @dataclass(frozen=True, slots=True)

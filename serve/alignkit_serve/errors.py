@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -50,3 +50,31 @@ def unavailable(code: str, message: str, seconds: int) -> ApiError:
 def too_late(message: str) -> ApiError:
     """504: a deadline has passed. Asking again would only add to the load."""
     return ApiError(504, "deadline_exceeded", message, headers=_NO_RETRY)
+
+
+def problems(found: Sequence[Any]) -> tuple[str, str | None]:
+    """Every field that pydantic finds wrong, in words, and the first of them. Places begin with where it is, such as ``body``."""
+    told = [_problem(each) for each in found]
+    message = "; ".join(f"{where}: {text}" if where else text for where, text in dict.fromkeys(told))
+    return message[:2000], told[0][0] or None
+
+
+def _problem(found: Any) -> tuple[str, str]:
+    if found["type"] == "json_invalid":
+        return "", f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][1]}"
+    return _where(found["loc"]), found["msg"].removeprefix("Value error, ")
+
+
+def _where(location: Any) -> str:
+    """``messages[0].content`` for a field; of the forms that a field may have, pydantic names each, which says nothing to a client."""
+    if location[0] == "header":
+        return str(location[1])
+    path = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier():
+            path += f".{part}" if path else part
+    for form in ("str", "list", "bool", "int", "float"):
+        path = path.removesuffix(f".{form}")
+    return path

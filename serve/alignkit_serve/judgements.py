@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from alignkit_serve.schemas import Number
 from alignkit_serve.store.annotators import Author
@@ -236,8 +236,6 @@ Revision = Annotated[
     Field(discriminator="kind"),
 ]
 """``PATCH /v1/feedback/{id}``: the new opinion, of the same kind and on the same target."""
-
-JUDGEMENT: TypeAdapter[Any] = TypeAdapter(Judgement)
 
 KINDS: tuple[Kind, ...] = ("thumb", "rating", "metric", "preference", "ranking", "correction", "demonstration", "comment", "flag")
 

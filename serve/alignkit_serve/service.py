@@ -22,6 +22,7 @@ from alignkit_serve.roster import Roster, Serving
 from alignkit_serve.schemas import ChatRequest, CompletionRequest, Sampled
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, new_id
+from alignkit_serve.store.feedback import UNSTORED
 from alignkit_serve.store.groups import Group
 from alignkit_serve.store.inferences import Inference, prompt_sha256
 from alignkit_serve.store.keys import KeyRecord
@@ -140,7 +141,10 @@ class Service:
             raise invalid(str(error), param, "invalid_prompt") from error
         room = serving.engine.capabilities().context_tokens
         if room is not None and encoded.tokens is not None and encoded.tokens + (asked.max_tokens or 1) > room:
-            message = f"the prompt has {encoded.tokens} tokens, which leaves {max(0, room - encoded.tokens)} of {room} for an answer"
+            left = max(0, room - encoded.tokens)
+            # Clients know it by OpenAI's words and by these; not all of them look at the code.
+            words = f"{'' if left else 'the prompt is too long: '}this model's maximum context length is {room} tokens"
+            message = f"{words}, and the prompt has {encoded.tokens}, which leaves {left} for an answer"
             asks = f", and {asked.max_tokens} were asked for" if asked.max_tokens else ""
             raise invalid(f"{message}{asks}", param, "context_length_exceeded")
         return encoded
@@ -152,7 +156,8 @@ class Service:
         seed = request.seed if request.seed is not None else secrets.randbits(_SEED_BITS)
         choices, stored, groups = [], [], []
         for number, encoded in enumerate(prompts):
-            id = new_id("chatcmpl-" if asked.endpoint == "chat" else "cmpl-")
+            kept = "" if asked.store else UNSTORED
+            id = new_id(f"chatcmpl-{kept}" if asked.endpoint == "chat" else f"cmpl-{kept}")
             order = list(range(count))
             if extras.ab == "pair":
                 # Which policy stands in which slot is drawn: people prefer the first of two.
@@ -166,7 +171,7 @@ class Service:
                 mine.append(
                     Choice(
                         index=number * count + slot,
-                        id=new_id("cmp-"),
+                        id=new_id(f"cmp-{kept}"),
                         inference_id=id,
                         serving=serving,
                         prompt=encoded[k] if len(servings) > 1 else encoded[0],
@@ -207,7 +212,7 @@ class Service:
             request_id=asked.request_id,
             api_key_id=asked.key.id if asked.key else None,
             episode_id=extras.episode_id,
-            end_user_hmac=self._end_user(request.user),
+            end_user_hmac=None if request.user is None else self.end_user(request.user),
             messages=(messages := _as_stored(prompt)),
             prompt_sha256=prompt_sha256(messages),
             params=_sampling(parameters, request.n or 1),
@@ -220,8 +225,9 @@ class Service:
             created_at=datetime.now(UTC),
         )
 
-    def _end_user(self, user: str | None) -> str | None:
-        return None if user is None else hmac.new(self._secret, user.encode(errors="replace"), hashlib.sha256).hexdigest()
+    def end_user(self, user: str) -> str:
+        """The hash under which an end user is known here, by the name that their application has for them."""
+        return hmac.new(self._secret, user.encode(errors="replace"), hashlib.sha256).hexdigest()
 
 
 def chat(request: ChatRequest, request_id: str, key: KeyRecord | None) -> Asked:

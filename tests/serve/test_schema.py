@@ -80,10 +80,6 @@ def asked() -> list[tuple[str, str, GenerationMode]]:
     return found
 
 
-REFUSED = {("post", "/v1/admin/policies"), ("post", "/v1/admin/rollback")}
-"""There is nothing to load, and nothing to go back to."""
-
-
 GRANTED = [
     "temperature",
     "top_p",
@@ -120,12 +116,12 @@ def test_what_the_schema_describes_and_what_it_forbids(
                 granted = {name: value for name, value in case.body.items() if name in GRANTED}
                 case.body = {**granted, **(HELLO if path.endswith("chat/completions") else {**HELLO, "prompt": "Hello"})}
             response = case.call(base_url=server.url, headers=key, session=session, timeout=30)
-            check(response.status_code, response.headers["content-type"][0], response.content)
+            check(response.status_code, response.headers.get("content-type", [""])[0], response.content)
             statuses.add(response.status_code)
 
         call()
-    if mode is GenerationMode.POSITIVE:
-        assert (200 in statuses) == ((method, path) not in REFUSED)
+    if mode is GenerationMode.POSITIVE and path.endswith("completions"):
+        assert 200 in statuses
 
 
 def check(status: int, content_type: str, body: bytes) -> None:
@@ -138,7 +134,7 @@ def check(status: int, content_type: str, body: bytes) -> None:
     elif content_type == "application/json":
         json.loads(body)
     else:
-        assert content_type.startswith("text/plain")
+        assert content_type or not body
 
 
 def refused(content_type: str, body: bytes) -> dict[str, Any]:
@@ -299,6 +295,18 @@ def test_paths_that_are_no_policy(client: httpx.Client, path: str) -> None:
     assert post(client, json.dumps({"path": path, "promote": True}), "/v1/admin/policies").status_code == 400
 
 
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for(client: httpx.Client) -> None:
+    long = json.dumps([{"role": "user", "content": "word " * 1200}])
+    refused = post(client, hello(messages=long)).json()["error"]
+    assert refused["code"] == "context_length_exceeded"
+    assert refused["message"].startswith(
+        "the prompt is too long: this model's maximum context length is 1000 tokens, and the prompt has 1200"
+    )
+    refused = post(client, hello(max_tokens="2000")).json()["error"]
+    assert refused["code"] == "context_length_exceeded"
+    assert refused["message"].startswith("this model's maximum context length is 1000 tokens, and the prompt has 1, which leaves 999")
+
+
 def test_what_a_database_does_not_keep_is_no_mistake_on_any(tmp_path: Path, database_url: str) -> None:
     nul = '"a\\u0000b"'
     everywhere = hello(messages=f'[{{"role": "user", "content": {nul}}}]', user=nul, metadata=f"{{{nul}: {nul}}}", stop=nul)
@@ -436,7 +444,7 @@ FIELDS = st.sampled_from(sorted({*ChatRequest.model_fields, *CompletionRequest.m
 
 
 @given(fields=st.dictionaries(FIELDS, JSON, max_size=4), path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_any_value_for_any_field(client: httpx.Client, fields: dict[str, Any], path: str) -> None:
     good = HELLO if "chat" in path else {"model": "live", "prompt": "Hello"}
     post(client, json.dumps({**good, **fields}), path)

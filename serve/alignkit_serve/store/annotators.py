@@ -51,7 +51,7 @@ def known(connection: Connection, author: Author) -> Annotator | None:
     else:
         found = select(*_COLUMNS).where(annotator.c.subject_hmac == (author.subject or _ANYONE))
     row = connection.execute(found).one_or_none()
-    return Annotator(*row) if row else None
+    return Annotator(**row._mapping) if row else None
 
 
 def of(connection: Connection, author: Author) -> Annotator:

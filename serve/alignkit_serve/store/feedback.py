@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select, tuple_, update
+from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.sql import ColumnElement
 
 from alignkit_serve.store import annotators, metrics
 from alignkit_serve.store.annotators import Author
 from alignkit_serve.store.ids import new_id
 from alignkit_serve.store.tables import cmp_candidate, cmp_group, completion, feedback, fields_of, inference, rank_entry
-from alignkit_serve.store.values import json_text, plain
+from alignkit_serve.store.values import clean, json_text, plain
 
 Kind = Literal["thumb", "rating", "metric", "preference", "ranking", "correction", "demonstration", "comment", "flag"]
 TargetType = Literal["completion", "inference", "episode", "group"]
@@ -80,11 +80,23 @@ class Opinion:
             return tuple(id for tier in self.value for id in tier)
         return ()
 
+    def storable(self) -> Opinion:
+        """As it comes back from the store, so that it is compared with what is there."""
+        return replace(
+            self,
+            idem_key=None if self.idem_key is None else clean(self.idem_key),
+            target_id=clean(self.target_id),
+            value=plain(self.value),
+            rationale=None if self.rationale is None else clean(self.rationale),
+            presentation=plain(self.presentation),
+            occurred_at=self.occurred_at and self.occurred_at.astimezone(UTC),
+        )
+
     def sha256(self, revises: str | None = None) -> str:
-        """The hash by which an opinion is told from another under the same key."""
+        """The hash by which an opinion that is ``storable`` is told from another under the same key."""
         said = [self.kind, self.target_type, self.target_id, self.value, self.metric, self.rationale, self.presentation, self.source]
-        at = self.occurred_at and self.occurred_at.astimezone(UTC).isoformat()
-        return hashlib.sha256(json_text(plain([*said, at, revises])).encode()).hexdigest()
+        at = self.occurred_at and self.occurred_at.isoformat()
+        return hashlib.sha256(json_text([*said, at, revises]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ _COLUMNS = [feedback.c[name] for name in Feedback.__dataclass_fields__]
 
 def add(connection: Connection, opinions: Sequence[Opinion]) -> list[Outcome]:
     """Store the opinions that can be; what became of each, in their order."""
+    opinions = [opinion.storable() for opinion in opinions]
     authors = {author: annotators.of(connection, author) for author in {opinion.author for opinion in opinions}}
     known = _under(connection, {(authors[one.author].id, one.idem_key) for one in opinions if one.idem_key is not None})
     answers = _Answers.of(connection, opinions)
@@ -142,10 +155,10 @@ def revise(connection: Connection, id: str, opinion: Opinion, *, every: bool = F
     annotator = annotators.of(connection, opinion.author)
     old = get(connection, id, opinion.author, opinion.within, every=every)
     if old is None:
-        return _unknown(id)
+        return unknown(id)
     if annotator.status == "blocked":
         return Refused("annotator_blocked", "feedback of this author is not taken any more")
-    opinion = replace(opinion, target_type=old.target_type, target_id=old.target_id)
+    opinion = replace(opinion, target_type=old.target_type, target_id=old.target_id).storable()
     digest = opinion.sha256(id)
     if opinion.idem_key is not None and (before := _under(connection, {(annotator.id, opinion.idem_key)})):
         return _repeated(next(iter(before.values())), digest)
@@ -166,7 +179,7 @@ def retract(connection: Connection, id: str, author: Author, within: str | None 
     """Take an opinion back; it is kept, as retracted. Retracting twice is retracting once."""
     old = get(connection, id, author, within, every=every)
     if old is None:
-        return _unknown(id)
+        return unknown(id)
     if old.state == "retracted":
         return old
     if old.state != "active":
@@ -230,7 +243,7 @@ class _Answers:
     found: Mapping[tuple[str, str], tuple[str | None, bool]]
     candidates: Mapping[tuple[str, str], frozenset[str]]
     texts: Mapping[str, str]
-    metrics: dict[tuple[str, int | None], metrics.Metric | None] = field(default_factory=dict)
+    named: dict[tuple[str, int | None], metrics.Metric | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, connection: Connection, opinions: Sequence[Opinion]) -> _Answers:
@@ -272,9 +285,9 @@ class _Answers:
     def _metric(self, connection: Connection, opinion: Opinion) -> metrics.Metric | Refused:
         assert opinion.metric
         name, version = opinion.metric
-        if opinion.metric not in self.metrics:
-            self.metrics[opinion.metric] = metrics.get(connection, name, version)
-        found = self.metrics[opinion.metric]
+        if opinion.metric not in self.named:
+            self.named[opinion.metric] = metrics.get(connection, name, version)
+        found = self.named[opinion.metric]
         if found is None:
             which = name if version is None else f"{name} in version {version}"
             return Refused("not_found", f"there is no metric {which!r}; an admin defines one", "metric")
@@ -325,10 +338,16 @@ def _texts(connection: Connection, ids: Iterable[str]) -> dict[str, str]:
 
 def _under(connection: Connection, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Feedback]:
     """What is stored under the keys of annotators."""
-    if not keys:
-        return {}
-    rows = connection.execute(select(*_COLUMNS).where(tuple_(feedback.c.annotator_id, feedback.c.idem_key).in_(sorted(keys))))
-    return {(row.annotator_id, row.idem_key): Feedback(**row._mapping) for row in rows}
+    of_annotator: dict[str, list[str]] = {}
+    for annotator_id, idem_key in keys:
+        of_annotator.setdefault(annotator_id, []).append(idem_key)
+    # For pairs in one list SQLite would read the whole table.
+    found = [
+        row
+        for annotator_id, theirs in of_annotator.items()
+        for row in connection.execute(select(*_COLUMNS).where(feedback.c.annotator_id == annotator_id, feedback.c.idem_key.in_(theirs)))
+    ]
+    return {(row.annotator_id, row.idem_key): Feedback(**row._mapping) for row in found}
 
 
 def _row(opinion: Opinion, digest: str, annotator_id: str, inference_id: str | None, metric_id: str | None) -> Feedback:
@@ -386,7 +405,8 @@ def _visible(connection: Connection, author: Author, within: str | None, *, ever
     return None if annotator is None else [feedback.c.annotator_id == annotator.id, *conditions]
 
 
-def _unknown(id: str) -> Refused:
+def unknown(id: str) -> Refused:
+    """What is said of an id that an author may not see."""
     # Somebody else's is as good as none: whether it exists is nobody else's business.
     return Refused("not_found", f"there is no feedback {id!r} of this author", "id")
 

@@ -88,9 +88,13 @@ def find(connection: Connection, text: str) -> KeyRecord | None:
     row = match and connection.execute(select(api_key.c.secret_sha256, *_COLUMNS).where(api_key.c.public_id == match[1])).one_or_none()
     if not match or not row or not hmac.compare_digest(row.secret_sha256, _hashed(match[2])):
         return None
-    record = _record(row)
-    expired = record.expires_at is not None and record.expires_at <= datetime.now(UTC)
-    return None if expired or record.revoked_at else record
+    return _in_force(_record(row))
+
+
+def in_force(connection: Connection, id: str) -> KeyRecord | None:
+    """The key with that id, if it is in force."""
+    row = connection.execute(select(*_COLUMNS).where(api_key.c.id == id)).one_or_none()
+    return _in_force(_record(row)) if row else None
 
 
 def revoke(connection: Connection, public_id: str) -> KeyRecord:
@@ -112,6 +116,11 @@ def touch(connection: Connection, id: str, at: datetime) -> None:
     """Note that a key was used; an earlier time changes nothing."""
     earlier = or_(api_key.c.last_used_at.is_(None), api_key.c.last_used_at < at)
     connection.execute(update(api_key).where(api_key.c.id == id, earlier).values(last_used_at=at))
+
+
+def _in_force(record: KeyRecord) -> KeyRecord | None:
+    expired = record.expires_at is not None and record.expires_at <= datetime.now(UTC)
+    return None if expired or record.revoked_at else record
 
 
 def _check_scopes(scopes: Sequence[str]) -> None:
