@@ -96,16 +96,21 @@ def serve(
     from alignkit.threads import wait_briefly
 
     wait_briefly()
-    from functools import partial
-
-    from alignkit_serve import loading, server
+    from alignkit_serve import server
+    from alignkit_serve.artifact import locate
     from alignkit_serve.settings import Limits
 
     limits = Limits(rows=rows, queued_requests=queue, drain_seconds=drain)
-    if upstream:
-        load = partial(loading.load_upstream, url=upstream, key=os.environ.get("ALIGNKIT_UPSTREAM_API_KEY"))
-    else:
-        load = partial(loading.load_policy, max_rows=rows)
+    if not upstream:
+        locate(policy)  # a mistake is told before anything heavy is imported
+
+    async def load(path: Path) -> Any:
+        from alignkit_serve import loading
+
+        if upstream:
+            return await loading.load_upstream(path, url=upstream, key=os.environ.get("ALIGNKIT_UPSTREAM_API_KEY"))
+        return await loading.load_policy(path, max_rows=rows)
+
     folder = models or (Path.cwd() if upstream else policy.resolve().parent)
     settings = server.Settings(policy=policy, host=host, port=port, store=store, auth=not no_auth, models=folder, limits=limits)
     server.serve(settings, load)
