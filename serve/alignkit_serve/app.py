@@ -23,7 +23,7 @@ from alignkit_serve.store import StoreError, StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
 
-ROUTERS = (completions.router, stored.router, feedback.router, models.router, admin.router, health.router, pages.router)
+ROUTERS = (feedback.router, completions.router, stored.router, models.router, admin.router, health.router, pages.router)
 """Every route that there is."""
 
 

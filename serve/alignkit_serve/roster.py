@@ -7,6 +7,7 @@ in progress finishes on the version that began it; the pointer to the live one m
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -188,8 +189,14 @@ class Roster:
             task.add_done_callback(self._retiring.discard)
 
     async def _retire(self, serving: Serving) -> None:
+        id = serving.version.id
         await serving.engine.close()
-        await self._store.awrite(lambda connection: policies.move(connection, serving.version.id, "retired"))
+        del serving
+        await self._store.awrite(lambda connection: policies.move(connection, id, "retired"))
+        # Its weights are part of circles, and what was there at the start has been put out of the collector's sight.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 def _warmed(connection: Connection, version: PolicyVersion) -> PolicyVersion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -57,9 +58,9 @@ def serve(settings: Settings, load: Load) -> None:
 
 
 async def _serve(settings: Settings, store: Store, load: Load, listening: socket.socket) -> None:
-    async with opened(settings, store, load) as service:
+    async with opened(settings, store, load) as (service, policy):
         app = create_app(service, Keys(store, required=settings.auth))
-        await _Server(configuration(app, settings.limits), service).serve(sockets=[listening])
+        await _Server(configuration(app, settings.limits), service, _greeting(settings, policy)).serve(sockets=[listening])
 
 
 def configuration(app: FastAPI, limits: Limits) -> uvicorn.Config:
@@ -96,8 +97,8 @@ def shown_store(url: str) -> str:
 
 
 @asynccontextmanager
-async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[Service]:
-    """The service, with its policy loaded; at the end it is drained."""
+async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[tuple[Service, str]]:
+    """The service, and in words which policy it serves; at the end every engine is closed."""
     swept = await store.awrite(inferences.sweep)
     if swept:
         click.echo(f"{swept} answers were in progress when the last server died; they are marked as aborted")
@@ -106,8 +107,7 @@ async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[
     service = Service(store, roster, settings.limits, secret)
     try:
         policy = await roster.open(settings.policy)
-        click.echo(_greeting(settings, policy))
-        yield service
+        yield service, policy
     finally:
         await roster.close()
 
@@ -123,11 +123,19 @@ def _greeting(settings: Settings, policy: str) -> str:
 class _Server(uvicorn.Server):
     """Uvicorn, but the first signal drains: it goes on answering 503 to new work, so that a balancer sees it, until the old is done."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
         super().__init__(config)
+        self._greeting = greeting
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; then what is there stays: looking through all of it for garbage would stop every answer for a quarter of a second."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+        click.echo(self._greeting)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain, a second one ends what is in progress, a third one waits for nothing."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from sqlalchemy import select
 
 from alignkit_serve.store import Store, keys
 from alignkit_serve.store.tables import feedback
+from tests.serve.running import until
 from tests.serve.store.rows import answered, stored_policy
 
 ROOT = Path(__file__).parents[2]
@@ -101,9 +103,7 @@ def killed(url: str, folder: Path, rounds: int, seed: int = 0) -> Toll:
         for client in clients:
             assert client.stdin is not None
             print(at, file=client.stdin, flush=True)
-        until = time.monotonic() + 60
-        while _size(log) == before and time.monotonic() < until:
-            time.sleep(0.001)
+        until(lambda before=before: _size(log) > before)
         time.sleep(draw.uniform(0.0, 0.5))
         server.kill()
         server.wait(60)
@@ -127,8 +127,17 @@ def _serve(url: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("http://"):
-            return process, line.split()[0]
+            at = line.split()[0]
+            until(partial(_listens, at))
+            return process, at
     raise AssertionError((folder / "server.log").read_text()[-2000:])
+
+
+def _listens(at: str) -> bool:
+    try:
+        return httpx.get(f"{at}/health", trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
 def _toll(url: str, folder: Path, key: str, told: list[list[str]]) -> Toll:

@@ -88,7 +88,7 @@ def running(
         begun: list[tuple[Any, uvicorn.Server, asyncio.AbstractEventLoop]] = []
 
         async def serve() -> None:
-            async with server.opened(settings, opened, load or partial(load_policy, max_rows=limits.rows)) as service:
+            async with server.opened(settings, opened, load or partial(load_policy, max_rows=limits.rows)) as (service, _):
                 app = create_app(service, Keys(opened, required=auth))
                 own = uvicorn.Server(server.configuration(app, limits))
                 begun.append((app, own, asyncio.get_running_loop()))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import select
 
 from alignkit_serve.envelope import CONTENT_SECURITY_POLICY as SENT
 from alignkit_serve.page import PAGES, page
+from alignkit_serve.store.tables import feedback
+from tests.serve.fakes import ScriptedEngine, scripted
+from tests.serve.running import Running, running
 from tests.serve.scripted import CONTENT_SECURITY_POLICY, POLICY, Refuses, Says, Scripted, model, serving
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Route
 
 ARGUMENTS = [
     "--headless",
@@ -471,3 +476,93 @@ def test_light_and_dark_follow_the_system(chat: Page) -> None:
     chat.emulate_media(color_scheme="dark")
     assert light == ["rgb(246, 247, 249)", "rgb(28, 35, 48)"]
     assert chat.evaluate(colours) == ["rgb(16, 20, 27)", "rgb(231, 234, 240)"]
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Running]:
+    """A real server, whose policy says the same to everyone."""
+    with running(tmp_path / "only", f"sqlite:///{tmp_path / 'store.db'}", load=scripted(only=ScriptedEngine())) as started:
+        yield started
+
+
+@pytest.fixture
+def own(browser: Browser, real: Running) -> Iterator[Page]:
+    """An empty tab beside it."""
+    context = browser.new_context()
+    context.set_default_timeout(15_000)
+    context.add_init_script(WATCH)
+    own = context.new_page()
+    yield own
+    assert own.evaluate("[window.broken, window.hacked]") == [[], 0]
+    context.close()
+
+
+def asked_with(own: Page, real: Running, key: str) -> None:
+    """A key is given, and a question was answered."""
+    own.goto(real.url)
+    own.fill("#key", key)
+    own.press("#key", "Enter")
+    seen(own.locator("#model option"), count=2)
+    ask(own, "hi")
+    seen(answer(own), "Well, yes.")
+    own.wait_for_selector(".feedback button")
+
+
+def thumbs(real: Running) -> list[tuple[str, str, str]]:
+    """What was said, of what, and what has become of it."""
+    found = real.store.read(lambda connection: list(connection.execute(select(feedback).order_by(feedback.c.id))))
+    return [(row.target_id, row.value, row.state) for row in found]
+
+
+def test_a_thumb_is_given_switched_and_taken_back(own: Page, real: Running) -> None:
+    asked_with(own, real, real.key("infer", "feedback:write"))
+    completion = own.locator(".answer").get_attribute("data-completion") or ""
+    good, bad = own.get_by_role("button", name="Good answer"), own.get_by_role("button", name="Bad answer")
+    pressed = ".feedback button[aria-pressed=true]"
+    good.click()
+    seen(own.locator(f"{pressed}.up"), count=1)
+    assert thumbs(real) == [(completion, "up", "active")]
+    bad.press("Enter")
+    seen(own.locator(f"{pressed}.down"), count=1)
+    seen(own.locator(pressed), count=1)
+    assert thumbs(real) == [(completion, "up", "superseded"), (completion, "down", "active")]
+    bad.click()
+    seen(own.locator(pressed), count=0)
+    assert thumbs(real)[1:] == [(completion, "down", "retracted")]
+    good.click()
+    seen(own.locator(f"{pressed}.up"), count=1)
+    assert thumbs(real)[2:] == [(completion, "up", "active")]
+
+
+def test_a_thumb_whose_answer_was_lost_is_given_once(own: Page, real: Running) -> None:
+    asked_with(own, real, real.key("infer", "feedback:write"))
+
+    def lose(route: Route) -> None:
+        route.fetch()
+        route.abort()
+
+    own.route("**/v1/feedback", lose, times=1)
+    own.get_by_role("button", name="Good answer").click()
+    seen(own.locator(".feedback [role=status]"), "The server cannot be reached. Is it running?")
+    seen(own.locator(".feedback button[aria-pressed=true]"), count=0)
+    own.get_by_role("button", name="Good answer").click()
+    seen(own.locator(".feedback button[aria-pressed=true]"), count=1)
+    assert [said[1:] for said in thumbs(real)] == [("up", "active")]
+
+
+def test_a_key_that_may_not_judge_is_told_so(own: Page, real: Running) -> None:
+    asked_with(own, real, real.key("infer"))
+    own.get_by_role("button", name="Good answer").click()
+    seen(own.locator(".feedback [role=status]"), "This key may not give feedback.")
+    assert not own.is_visible(".feedback button")
+    assert thumbs(real) == []
+
+
+def test_only_an_answer_that_ended_well_can_be_judged(chat: Page, server: Scripted) -> None:
+    server.answers += [Says("half", then="broken"), Says("whole")]
+    ask(chat, "hi")
+    seen(chat.locator(".answer .problem span"), "The connection was lost before the answer was complete.")
+    assert not chat.is_visible(".feedback")
+    chat.click(".answer .problem button")
+    seen(answer(chat), "whole")
+    chat.wait_for_selector(".feedback button")

@@ -10,7 +10,7 @@ const $ = (id) => document.getElementById(id);
 const conversation = $("conversation");
 const message = $("message");
 
-const turns = []; // {question, text, root, answer, shown, problem, facts}
+const turns = []; // {question, text, root, answer, shown, problem, facts, feedback, thumb, judged}
 let running = null; // the AbortController of the answer being written
 let waiting = null; // the turn that waits for a key
 
@@ -23,14 +23,15 @@ class Problem extends Error {
 
 // ---- the API ----
 
-async function call(path, { signal, body } = {}) {
+async function call(path, { signal, body, method = body ? "POST" : "GET", once } = {}) {
   const headers = {};
   const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
+  if (once) headers["Idempotency-Key"] = once;
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
   } catch (error) {
     throw signal?.aborted ? error : new Problem("The server cannot be reached. Is it running?");
   }
@@ -128,6 +129,7 @@ async function answer(turn) {
   try {
     if (!$("model").value) await loadModels(signal);
     await read(turn, signal, facts, speak, tell);
+    offerThumbs(turn);
   } catch (problem) {
     if (signal.aborted) facts.end = "stopped";
     else if (problem.status === 401) askForKey(problem.message, turn);
@@ -188,9 +190,13 @@ function ask(question) {
     shown: answering.querySelector(".text"),
     problem: answering.querySelector(".problem"),
     facts: answering.querySelector(".facts"),
+    feedback: answering.querySelector(".feedback"),
+    thumb: null, // {id, value}: what was said of the answer
+    judged: 0, // how often
   };
   show(root.querySelector(".question"), question);
   turn.problem.querySelector("button").addEventListener("click", () => again(turn));
+  for (const button of turn.feedback.querySelectorAll("button")) button.addEventListener("click", () => judge(turn, button.value));
   for (const button of document.querySelectorAll(".turn .problem button")) button.hidden = true; // One can only go on from the end.
   turns.push(turn);
   $("welcome").hidden = true;
@@ -217,6 +223,47 @@ function restart() {
   $("spoken").replaceChildren();
   $("welcome").hidden = false;
   message.focus();
+}
+
+// ---- thumbs ----
+
+// An answer that ended well is stored, and only of one that is can anything be said.
+function offerThumbs(turn) {
+  turn.feedback.hidden = !turn.answer.dataset.completion;
+}
+
+// A second click on the same thumb takes it back; the other one takes its place.
+async function judge(turn, value) {
+  if (turn.judging) return;
+  turn.judging = true;
+  const status = turn.feedback.querySelector("[role=status]");
+  status.textContent = "";
+  const completion = turn.answer.dataset.completion;
+  const once = `${completion}/${turn.judged}/${value}`; // Clicked again after a failure, it is the same.
+  const opinion = { kind: "thumb", value };
+  const said = `/v1/feedback/${turn.thumb?.id}`;
+  try {
+    if (turn.thumb?.value === value) {
+      await call(said, { method: "DELETE" });
+      turn.thumb = null;
+    } else {
+      const response = turn.thumb
+        ? await call(said, { method: "PATCH", body: opinion, once })
+        : await call("/v1/feedback", { body: { ...opinion, target_type: "completion", target_id: completion }, once });
+      turn.thumb = { id: (await response.json()).id, value };
+    }
+    turn.judged++;
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    const barred = problem.status === 403;
+    if (barred) for (const button of turn.feedback.querySelectorAll("button")) button.hidden = true;
+    status.textContent = barred ? "This key may not give feedback." : problem.message;
+  } finally {
+    turn.judging = false;
+  }
+  for (const button of turn.feedback.querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(turn.thumb?.value === button.value));
+  }
 }
 
 // ---- what is seen and heard ----
