@@ -227,7 +227,7 @@ class Person:
         """Press Ctrl-C until ``text`` appears."""
         for _ in range(6):
             self.types("\x03")
-            # One that comes between Python's last look at signals and its wait for the network is noticed when something comes, or at the next.
+            # One that comes between Python's last look at signals and its wait for the network is noticed at the next.
             with contextlib.suppress(TimeoutError):
                 return self.sees(text, seconds=5)
         raise AssertionError(f"Ctrl-C does not bring {text!r}: {self.screen!r}")
