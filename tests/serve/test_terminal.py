@@ -203,8 +203,12 @@ class Person:
         pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
         self._terminal, theirs = pty.openpty()
         code = f"from alignkit_serve.terminal import chat; chat({self.url!r}, None, None, None, None, None)"
-        # Its own session, of which the terminal is in control: so that Ctrl-C is a signal there.
-        login = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        # Its own session, of which the terminal is in control: so that Ctrl-C is a signal there. A shell starts what runs in its
+        # background with that signal ignored, and so would be whatever the tests start from there; a person's shell does not.
+        login = (
+            "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+            "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         command = [sys.executable, "-c", login, sys.executable, "-c", code]
         environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
         self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
