@@ -172,7 +172,7 @@ def find_plugins() -> Registry:
     for entry_point in sorted(entry_points(group=GROUP), key=lambda found: (_package(found), found.name)):
         try:
             specs = declared_specs(entry_point.load())
-        # The one broad except: a stranger's module may do anything while it is imported, leaving the interpreter included.
+        # A stranger's module may do anything while it is imported, leaving the interpreter included.
         except (Exception, SystemExit) as error:
             package = _package(entry_point)
             remedy = f"pip install --upgrade {package}, or pip uninstall {package}"

@@ -202,7 +202,8 @@ def parameters(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            names: list[str] = tensors.keys()
+            for name in names:
                 count = 1
                 for size in tensors.get_slice(name).get_shape():
                     count *= size

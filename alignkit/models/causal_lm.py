@@ -44,6 +44,18 @@ class CausalPolicy:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
+    @property
+    def architecture(self) -> str:
+        """What transformers calls this kind of model."""
+        name: str = self._model.config.model_type
+        return name
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest text that the model can read; None where it does not say."""
+        config = self._model.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
     def score_tokens(self, batch: TokenBatch, *, temperature: float = 1.0, entropy_gradient: bool = False) -> TokenScores:
         """Log-probabilities and entropies of the tokens under ``loss_mask`` [b t], given all that precedes them in their document.
 

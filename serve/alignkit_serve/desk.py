@@ -80,6 +80,7 @@ class Desk:
         opinions = [opinion for handed in group for opinion in handed.opinions]
         try:
             outcomes = await self._store.awrite(lambda connection: feedback.add(connection, opinions))
+        # Nothing is kept back: whoever handed something in waits for this, and is given the very exception.
         except Exception as error:
             if isinstance(error, StoreUnavailable) or len(group) == 1:
                 for handed in group:

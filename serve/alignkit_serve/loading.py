@@ -27,7 +27,9 @@ async def load_policy(path: Path, *, max_rows: int) -> Warm:
         # OpenMP puts every one to sleep after every product: decoding then takes nearly twice as long.
         policy, precision = await asyncio.get_running_loop().run_in_executor(apart, _load, artifact)
     check_template(artifact, policy.codec.template_hash)
-    engine = await TorchEngine(policy, policy.codec, context_tokens=_context_tokens(policy), max_rows=max_rows).started()
+    if policy.context_tokens is None:
+        raise ArtifactError(f"the model of type {policy.architecture!r} does not say how long a text it can read (max_position_embeddings)")
+    engine = await TorchEngine(policy, policy.codec, context_tokens=policy.context_tokens, max_rows=max_rows).started()
     try:
         gap = await probe(artifact, precision, engine.score)
     except BaseException:
@@ -36,7 +38,7 @@ async def load_policy(path: Path, *, max_rows: int) -> Warm:
     version = PolicyVersion(
         id=content.version,
         name=f"{artifact.name}@{content.version}",
-        base_model=str(policy.module.config.model_type),  # type: ignore[union-attr]
+        base_model=policy.architecture,
         path=str(artifact.folder),
         manifest_sha256=artifact.manifest_sha256,
         tokenizer_sha256=content.tokenizer_sha256,
@@ -69,11 +71,3 @@ def _load(artifact: Artifact) -> tuple[CausalPolicy, Precision]:
     precision = resolve_precision(artifact.precision)
     # Code that comes with a model is not run: whoever can name a folder here must not be able to run anything.
     return load(artifact.folder, tuning=TuningConfig(), precision=precision, trainable=False, seed=0), precision
-
-
-def _context_tokens(policy: CausalPolicy) -> int:
-    config = policy.module.config
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if not isinstance(found, int):
-        raise ArtifactError(f"the model of type {config.model_type!r} does not say how long a text it can read (max_position_embeddings)")  # type: ignore[union-attr]
-    return found

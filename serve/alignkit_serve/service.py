@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from alignkit_serve.schemas import ChatRequest, CompletionRequest, Sampled
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, new_id
 from alignkit_serve.store.feedback import UNSTORED
-from alignkit_serve.store.groups import Group
+from alignkit_serve.store.groups import Group, Origin
 from alignkit_serve.store.inferences import Inference, prompt_sha256
 from alignkit_serve.store.keys import KeyRecord
 
@@ -284,11 +284,14 @@ def _sampling(parameters: Parameters, n: int) -> dict[str, Any]:
     }
 
 
+_ORIGINS: Mapping[str, Origin] = {"off": "n", "pair": "ab", "shadow": "shadow"}
+
+
 def _group(inference: Inference, choices: Sequence[Choice], ab: str, seed: int, order: Sequence[int]) -> Group:
     return Group(
         id=new_id("grp-"),
         prompt_sha256=inference.prompt_sha256,
-        origin={"off": "n", "pair": "ab", "shadow": "shadow"}[ab],  # type: ignore[arg-type]
+        origin=_ORIGINS[ab],
         presentation={"slots": list(order), "seed": seed},
         inference_id=inference.id,
         candidates=tuple((choice.id, slot) for slot, choice in enumerate(choices)),

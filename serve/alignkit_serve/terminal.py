@@ -6,6 +6,7 @@ Where the input is no terminal each of its lines is a message, nothing is asked 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import sys
@@ -237,7 +238,7 @@ def _stranger(response: httpx.Response) -> AlignkitError:
 def _typed() -> Iterator[str]:
     """Lines that a person types, until Ctrl-D or Ctrl-C."""
     with contextlib.suppress(ImportError):  # Windows has none, and edits lines all the same.
-        import readline  # noqa: F401
+        importlib.import_module("readline")  # what input() then edits lines with
     while True:
         try:
             yield input("> ")

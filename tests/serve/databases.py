@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from alignkit_serve.store import Store
+from tests.environments import missing
 
 _DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
 
@@ -86,11 +88,12 @@ class Postgres:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """The server; tests that need it are skipped where PostgreSQL is not installed."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    if importlib.util.find_spec("psycopg") is None:
+        missing("psycopg is not installed")
     found = shutil.which("initdb")
     binaries = Path(found).resolve().parent if found else next(iter(reversed(_DEBIAN)), None)
     if binaries is None:
-        pytest.skip("PostgreSQL is not installed")
+        missing("PostgreSQL is not installed")
     # Not in pytest's own folder, which nobody but its owner may enter; and short, for a socket's path may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="alignkit-pg-") as folder:
         server = Postgres(binaries, Path(folder))

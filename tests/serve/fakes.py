@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alignkit.api import Prompt
 from alignkit_serve.engine import Capabilities, Encoded, EngineError, Parameters, Piece, Token
-from alignkit_serve.roster import Warm
+from alignkit_serve.roster import Load, Warm
 from alignkit_serve.store.policies import PolicyVersion
 
 CAN = Capabilities(context_tokens=1000, top_logprobs=20, behaviour_logprobs=True, token_ids=True, top_k=True, batch_invariant=True)
@@ -77,7 +77,7 @@ class ScriptedEngine:
         return {"rows": self.begun - self.finished - self.cancelled}
 
 
-def scripted(**engines: ScriptedEngine):  # type: ignore[no-untyped-def]
+def scripted(**engines: ScriptedEngine) -> Load:
     """Loads the engine whose name is the path's last part."""
 
     async def load(path: Path) -> Warm:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import openai
 import pytest
@@ -192,8 +193,8 @@ class Breaking:
                     raise RuntimeError("a cable is loose")
                 return whole(*given)
 
-            model.hidden = hidden  # type: ignore[method-assign]
-            yield model
+            with mock.patch.object(model, "hidden", hidden):
+                yield model
 
 
 def test_an_engine_that_breaks_tells_everyone_at_once_and_everyone_later(policy: CausalPolicy) -> None:

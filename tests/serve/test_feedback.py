@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -14,15 +15,19 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from sqlalchemy import func, select
 
+from alignkit_serve.desk import Desk
 from alignkit_serve.passes import Pass, read
 from alignkit_serve.settings import Limits
-from alignkit_serve.store import keys, new_id
+from alignkit_serve.store import Store, StoreError, keys, new_id
+from alignkit_serve.store.feedback import Opinion
 from alignkit_serve.store.secrets import secret
 from alignkit_serve.store.tables import feedback
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
+from tests.serve.store.test_feedback import a_thumb, one_answer
 
 ASK = {"model": "live", "messages": [{"role": "user", "content": "Hello?"}]}
 ALL = ("infer", "feedback:write", "feedback:read")
@@ -510,3 +515,17 @@ def test_when_the_store_fails_nothing_is_acknowledged(server: Running, client: h
     response = post(client, thumb(completion))
     assert refused(response)[:2] == (503, "store_unavailable")
     assert response.headers["Retry-After"]
+
+
+def test_what_cannot_be_stored_is_told_to_its_sender_and_harms_nobody_who_was_written_with_it(tmp_path: Path) -> None:
+    async def both(store: Store, good: Opinion, bad: Opinion) -> list[Any]:
+        desk = Desk(store, CollectorRegistry(), per_target_rpm=10)
+        return await asyncio.gather(*(desk.add([opinion]) for opinion in (good, bad, good)), return_exceptions=True)
+
+    with Store.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        _, completion_id = one_answer(store)
+        good, bad = a_thumb(completion_id, idem_key="a"), a_thumb(completion_id, idem_key="b", value=float("nan"))
+        first, broken, again = asyncio.run(both(store, good, bad))
+        assert isinstance(broken, StoreError)
+        assert (first[0].new, again[0].new) == (True, False)
+        assert again[0].feedback.id == first[0].feedback.id

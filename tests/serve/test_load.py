@@ -53,6 +53,12 @@ def all_statuses(server: Running) -> list[str]:
     return [row[0] for row in server.store.read(lambda connection: connection.execute(select(inference.c.status)).all())]
 
 
+def release(server: Running, engine: ScriptedEngine) -> None:
+    """Let what is held go on."""
+    assert engine.hold is not None
+    server.loop.call_soon_threadsafe(engine.hold.set)
+
+
 @contextmanager
 def held(server: Running, engine: ScriptedEngine, count: int, **options: Any) -> Iterator[list[concurrent.futures.Future[httpx.Response]]]:
     """Within, ``count`` requests wait for their first token."""
@@ -62,7 +68,7 @@ def held(server: Running, engine: ScriptedEngine, count: int, **options: Any) ->
         waiting = [pool.submit(post, server, **options) for _ in range(count)]
         until(lambda: engine.begun == begun + count)
         yield waiting
-        server.loop.call_soon_threadsafe(engine.hold.set)
+        release(server, engine)
 
 
 def test_more_answers_than_the_limit_are_refused_with_a_time_to_come_again(tmp_path: Path) -> None:
@@ -93,7 +99,7 @@ def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
 def test_the_official_client_waits_and_gets_its_answer(tmp_path: Path) -> None:
     engine = ScriptedEngine()
     with serving(tmp_path, engine, queued_requests=1) as server, held(server, engine, 1):
-        threading.Timer(0.3, lambda: server.loop.call_soon_threadsafe(engine.hold.set)).start()  # type: ignore[union-attr]
+        threading.Timer(0.3, release, (server, engine)).start()
         answer = server.openai(max_retries=3).chat.completions.create(model="live", messages=[{"role": "user", "content": "now?"}])
         assert answer.choices[0].message.content == "Well, yes."
 
@@ -204,7 +210,7 @@ def test_a_server_told_to_stop_finishes_what_it_began_and_takes_nothing_new(tmp_
         assert httpx.get(f"{server.url}/ready", trust_env=False).status_code == 503
         assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
         assert not draining.done()
-        server.loop.call_soon_threadsafe(engine.hold.set)  # type: ignore[union-attr]
+        release(server, engine)
         assert waiting[0].result().status_code == 200
         draining.result(10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -12,7 +13,7 @@ from alignkit_serve.store import inferences
 from tests.fakes import tiny_folder
 from tests.serve.running import Running, running, until
 
-HELLO = [{"role": "user", "content": "Hello, who are you?"}]
+HELLO: list[Any] = [{"role": "user", "content": "Hello, who are you?"}]
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
@@ -30,7 +31,7 @@ def client(server: Running) -> OpenAI:
     return server.openai()
 
 
-def ask(client: OpenAI, **options):  # type: ignore[no-untyped-def]
+def ask(client: OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(**{"model": "live", "messages": HELLO, "max_tokens": 12, "seed": 3, **options})
 
 
@@ -68,7 +69,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(client: OpenAI) -> None:
 def test_the_streaming_helper_accumulates(client: OpenAI) -> None:
     text = ask(client).choices[0].message.content
     # It refuses to give an answer that was cut off by its length.
-    with client.chat.completions.stream(model="live", messages=HELLO, max_tokens=12, seed=3, stop=text[4:6]) as stream:  # type: ignore[arg-type]
+    with client.chat.completions.stream(model="live", messages=HELLO, max_tokens=12, seed=3, stop=text[4:6]) as stream:
         for _ in stream:
             pass
         final = stream.get_final_completion()
@@ -230,7 +231,7 @@ def test_what_cannot_be_done_is_refused_by_name(client: OpenAI, param: str) -> N
 
 
 def test_an_unknown_field_is_named_and_refused_where_the_request_is_strict(client: OpenAI) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="live", messages=HELLO, max_tokens=1, extra_body={"mirostat": 2})  # type: ignore[arg-type]
+    raw = client.chat.completions.with_raw_response.create(model="live", messages=HELLO, max_tokens=1, extra_body={"mirostat": 2})
     assert raw.headers["x-alignkit-ignored"] == "mirostat"
     with pytest.raises(openai.BadRequestError, match="mirostat"):
         ask(client, extra_body={"mirostat": 2, "alignkit": {"strict": True}})
@@ -258,7 +259,7 @@ def test_an_ab_pair_is_blind_and_its_slots_are_stored(client: OpenAI, server: Ru
         model="live",
         messages=HELLO,
         max_tokens=5,
-        extra_body={"alignkit": {"ab": "pair", "ab_temperature": 0.1}},  # type: ignore[arg-type]
+        extra_body={"alignkit": {"ab": "pair", "ab_temperature": 0.1}},
     )
     assert "x-alignkit-policy" not in raw.headers
     answer = raw.parse()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.environments import missing
 from tests.fakes import tiny_folder
 from tests.serve.running import Running, running, until
 
@@ -31,25 +32,17 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    PYTHON is None,
-    reason="needs an environment with langchain-openai and litellm: python -m venv DIR; "
-    "DIR/bin/pip install -r tests/serve/clients/requirements.txt; then ALIGNKIT_CLIENTS_PYTHON=DIR/bin/python",
-)
 def test_langchain_and_litellm(server: Running) -> None:
-    assert PYTHON is not None
+    if PYTHON is None:
+        missing("`make clients` makes an environment with langchain-openai and litellm; ALIGNKIT_CLIENTS_PYTHON names its interpreter")
     said = run(PYTHON, CLIENTS / "langchain_and_litellm.py", f"{server.url}/v1", server.key("infer"))
     assert said.splitlines()[-1] == "both got what they expect"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    NODE is None or shutil.which("node") is None,
-    reason="needs Node and its openai package: cp tests/serve/clients/node/package.json DIR; npm install --prefix DIR; "
-    "then ALIGNKIT_CLIENTS_NODE=DIR",
-)
 def test_the_official_client_for_node(server: Running, tmp_path: Path) -> None:
-    assert NODE is not None
+    if NODE is None:
+        missing("`make clients` installs openai's client for Node; ALIGNKIT_CLIENTS_NODE names the folder")
     # Node looks for packages beside the script.
     (tmp_path / "node_modules").symlink_to(Path(NODE).resolve() / "node_modules")
     shutil.copy(CLIENTS / "node" / "client.mjs", tmp_path)

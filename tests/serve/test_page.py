@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from sqlalchemy import select
 from alignkit_serve.envelope import CONTENT_SECURITY_POLICY as SENT
 from alignkit_serve.page import PAGES, page
 from alignkit_serve.store.tables import feedback
+from tests.environments import missing
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
 from tests.serve.scripted import CONTENT_SECURITY_POLICY, POLICY, Refuses, Says, Scripted, model, serving
@@ -47,10 +49,12 @@ window.fetch = async (...what) => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if importlib.util.find_spec("playwright") is None:
+        missing("playwright is not installed")
+    api = importlib.import_module("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("there is no chromium")
+        missing("there is no chromium")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield browser

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ from alignkit_serve.store import Store, inferences
 from tests.fakes import scratch, tiny_folder
 from tests.serve.running import until
 
-ASK = {"model": "live", "messages": [{"role": "user", "content": "Hello?"}]}
+ASK: dict[str, Any] = {"model": "live", "messages": [{"role": "user", "content": "Hello?"}]}
 
 
 def alignkit(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,7 @@ def test_the_greeting_tells_all_that_is_needed_and_what_it_tells_works(tmp_path:
         assert re.fullmatch(r"ak_\w{12}_\w{43}\n", made.stdout)
         key = made.stdout.strip()
         client = OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
-        answer = client.chat.completions.create(**ASK, max_tokens=3)  # type: ignore[call-overload]
+        answer = client.chat.completions.create(**ASK, max_tokens=3)
         assert answer.usage.completion_tokens <= 3
         listing = alignkit("keys", "list", cwd=tmp_path).stdout
         assert "in force" in listing

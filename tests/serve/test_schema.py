@@ -159,7 +159,7 @@ def events(body: bytes) -> list[dict[str, Any]]:
     return chunks
 
 
-HELLO = {"model": "live", "messages": [{"role": "user", "content": "Hello"}]}
+HELLO: dict[str, Any] = {"model": "live", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 def post(client: httpx.Client, body: bytes | str, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
@@ -230,8 +230,8 @@ BODIES: dict[str, tuple[str | bytes, int]] = {
     "no part": (hello(messages='[{"role": "user", "content": []}]'), 200),
     "256 parts": (hello(messages=json.dumps([{"role": "user", "content": [{"type": "text", "text": "a"}] * 256}])), 200),
     "257 parts": (hello(messages=json.dumps([{"role": "user", "content": [{"type": "text", "text": "a"}] * 257}])), 400),
-    "a thousand messages": (hello(messages=json.dumps(HELLO["messages"] * 900)), 200),  # type: ignore[operator]
-    "ten thousand messages": (hello(messages=json.dumps(HELLO["messages"] * 10_000)), 400),  # type: ignore[operator]
+    "a thousand messages": (hello(messages=json.dumps(HELLO["messages"] * 900)), 200),
+    "ten thousand messages": (hello(messages=json.dumps(HELLO["messages"] * 10_000)), 400),
     "ten thousand items of metadata": (hello(metadata=json.dumps({str(i): "x" for i in range(10_000)})), 400),
     "ten thousand biases": (hello(logit_bias=json.dumps({str(i): 1 for i in range(10_000)})), 400),
     "bytes that are no UTF-8": (hello().encode().replace(b"Hello", b"\xff\xfe\xfd"), 400),

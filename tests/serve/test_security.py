@@ -146,18 +146,18 @@ def test_a_revoked_key_works_no_longer(server: Running, monkeypatch: pytest.Monk
     assert call(server, "GET /v1/models", text).status_code == 401
 
 
-SETTINGS = {"policy": Path("x"), "port": 0, "store": "sqlite:///x.db", "models": Path("."), "limits": Limits()}
+SETTINGS: dict[str, Any] = {"policy": Path("x"), "port": 0, "store": "sqlite:///x.db", "models": Path("."), "limits": Limits()}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
 def test_beyond_this_machine_keys_are_needed(host: str) -> None:
     with pytest.raises(serving.ServeError, match="--no-auth with --host"):
-        serving.check_exposure(serving.Settings(host=host, auth=False, **SETTINGS), has_keys=True)  # type: ignore[arg-type]
+        serving.check_exposure(serving.Settings(host=host, auth=False, **SETTINGS), has_keys=True)
     with pytest.raises(serving.ServeError, match="alignkit keys create"):
-        serving.check_exposure(serving.Settings(host=host, auth=True, **SETTINGS), has_keys=False)  # type: ignore[arg-type]
-    serving.check_exposure(serving.Settings(host=host, auth=True, **SETTINGS), has_keys=True)  # type: ignore[arg-type]
+        serving.check_exposure(serving.Settings(host=host, auth=True, **SETTINGS), has_keys=False)
+    serving.check_exposure(serving.Settings(host=host, auth=True, **SETTINGS), has_keys=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_on_this_machine_they_may_be_left_out(host: str) -> None:
-    serving.check_exposure(serving.Settings(host=host, auth=False, **SETTINGS), has_keys=False)  # type: ignore[arg-type]
+    serving.check_exposure(serving.Settings(host=host, auth=False, **SETTINGS), has_keys=False)

@@ -19,7 +19,7 @@ from alignkit_serve.store import audit, inferences, policies
 from tests.fakes import tiny_folder, tiny_policy
 from tests.serve.running import Running, running, until
 
-ASK = {"model": "live", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 24, "seed": 5}
+ASK: dict[str, Any] = {"model": "live", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 24, "seed": 5}
 
 
 def make_stage(run: Path, name: str, seed: int) -> Path:
@@ -120,7 +120,7 @@ def test_under_load_nothing_is_dropped_and_nothing_is_stale(server: Running) -> 
 
 def test_what_is_in_progress_finishes_on_the_policy_that_began_it(server: Running) -> None:
     client = server.openai()
-    stream = client.chat.completions.create(**{**ASK, "max_tokens": 200}, stream=True)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(**{**ASK, "max_tokens": 200}, stream=True)
     chunks = iter(stream)
     begun_by = next(chunks).model
     admin(server, "POST", "policies", path="demo/second", promote=True)

@@ -78,8 +78,8 @@ def streamed(codec: TemplateCodec, answer: Answer) -> list[Piece]:
     stream, pieces = TextStream(codec.tokenizer, answer.stop), []
     ids = answer.ids if answer.end == "length" and answer.ids else (*answer.ids, codec.stop_ids[0])
     for number, id in enumerate(ids, start=1):
-        finished = None if number < len(ids) else "stop" if id in codec.stop_ids else "length"
-        pieces.append(stream.take(Token(id, b"", 0.0, 0.0), finished))  # type: ignore[arg-type]
+        finished: Finish | None = None if number < len(ids) else "stop" if id in codec.stop_ids else "length"
+        pieces.append(stream.take(Token(id, b"", 0.0, 0.0), finished))
         if pieces[-1].finished:
             break
     return pieces

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest import mock
 
 import uvicorn
 
@@ -41,6 +42,7 @@ class Upstream:
     def __init__(self) -> None:
         self.replies: deque[Reply] = deque()
         self.asked: list[Asked] = []
+        self.connections: list[int] = []  # from which port of the client each request came
         self.left = threading.Event()
         self.port = 0
 
@@ -59,6 +61,7 @@ class Upstream:
             if not message["more_body"]:
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        self.connections.append(scope["client"][1])
         self.asked.append(Asked(scope["method"], scope["path"], headers, json.loads(body) if body else None))
         reply = self.replies.popleft()
         sent = {"content-type": reply.content_type, **reply.headers}
@@ -88,15 +91,15 @@ def running_upstream() -> Iterator[Upstream]:
         upstream.port = server.servers[0].sockets[0].getsockname()[1]
         started.set()
 
-    server.startup = startup  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        assert started.wait(30)
-        yield upstream
-    finally:
-        server.should_exit = True
-        thread.join()
+    with mock.patch.object(server, "startup", startup):
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            assert started.wait(30)
+            yield upstream
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def event(value: Any) -> bytes:

@@ -6,6 +6,7 @@ committed. SQLite is made so; on PostgreSQL a transaction that writes begins wit
 
 from __future__ import annotations
 
+import importlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,7 @@ def _postgresql(url: URL) -> URL:
     if url.host and "@" in url.host:
         raise StoreError("the database URL has more than one @; write the one in the password as %40")
     try:
-        import psycopg  # noqa: F401
+        importlib.import_module("psycopg")
     except ImportError as error:
         raise StoreError(f"PostgreSQL needs psycopg ({error}); install it: pip install 'alignkit[postgres]'") from error
     patient = {"connect_timeout": str(_PATIENCE_MS // 1000), "tcp_user_timeout": str(2 * _PATIENCE_MS)}

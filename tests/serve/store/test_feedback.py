@@ -131,7 +131,9 @@ def test_in_one_transaction_the_same_is_said_once_and_the_wrong_ones_are_left_ou
     assert isinstance(first, Accepted)
     assert isinstance(last, Accepted)
     assert again == Accepted(first.feedback, False)
-    assert (other.code, wrong.code) == ("idempotency_conflict", "not_found")  # type: ignore[union-attr]
+    assert isinstance(other, Refused)
+    assert isinstance(wrong, Refused)
+    assert (other.code, wrong.code) == ("idempotency_conflict", "not_found")
     assert count(store) == 2
 
 
