@@ -273,6 +273,110 @@ rank_entry = Table(
     Column("rank", BigInteger, nullable=False),
 )
 
+label_task = Table(
+    "label_task",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("group_id", Words, ForeignKey("cmp_group.id"), nullable=False, unique=True),
+    Column("priority", BigInteger, nullable=False),
+    Column("overlap", BigInteger, nullable=False),
+    Column("gold", Json),
+    Column("state", Words, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+_open = label_task.c.state == "open"
+Index("label_task_open", label_task.c.priority, label_task.c.id, sqlite_where=_open, postgresql_where=_open)
+
+assignment = Table(
+    "assignment",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("task_id", Words, ForeignKey("label_task.id"), nullable=False),
+    Column("annotator_id", Words, ForeignKey("annotator.id"), nullable=False),
+    Column("state", Words, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("slots", Json, nullable=False),
+    Column("draft", Json),
+    Column("reason", Words),
+    Column("lease_until", Moment, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("finished_at", Moment),
+    UniqueConstraint("task_id", "annotator_id"),
+    Index("assignment_annotator", "annotator_id", "state"),
+)
+
+session = Table(
+    "session",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("api_key_id", Words, ForeignKey("api_key.id")),
+    Column("created_at", Moment, nullable=False),
+    Column("expires_at", Moment, nullable=False),
+)
+
+export = Table(
+    "export",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("name", Words, nullable=False),
+    Column("shape", Words, nullable=False),
+    Column("split", Words, nullable=False),
+    Column("rule_version", BigInteger, nullable=False),
+    Column("filters", Json, nullable=False),
+    Column("split_salt", Words, nullable=False),
+    Column("sha256", Words, nullable=False),
+    Column("n_rows", BigInteger, nullable=False),
+    Column("counts", Json, nullable=False),
+    Column("path", Words, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("tainted_at", Moment),
+    UniqueConstraint("name", "shape", "split"),
+)
+
+export_row = Table(
+    "export_row",
+    metadata,
+    Column("export_id", Words, ForeignKey("export.id"), primary_key=True),
+    Column("row_no", BigInteger, primary_key=True, autoincrement=False),
+    Column("feedback_id", Words, ForeignKey("feedback.id"), primary_key=True),
+    Column("weight", Float, nullable=False),
+    Index("export_row_feedback", "feedback_id"),
+)
+
+training_round = Table(
+    "training_round",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("name", Words, nullable=False),
+    Column("config_sha256", Words, nullable=False),
+    Column("git_sha", Words),
+    Column("parent_policy_id", Words, ForeignKey("policy_version.id"), nullable=False),
+    Column("child_policy_id", Words, ForeignKey("policy_version.id"), nullable=False),
+    Column("promoted", Boolean, nullable=False),
+    Column("metrics", Json, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("finished_at", Moment, nullable=False),
+    UniqueConstraint("name", "child_policy_id"),
+)
+
+round_export = Table(
+    "round_export",
+    metadata,
+    Column("round_id", Words, ForeignKey("training_round.id"), primary_key=True),
+    Column("export_id", Words, ForeignKey("export.id"), primary_key=True),
+)
+
+erasure = Table(
+    "erasure",
+    metadata,
+    Column("id", Words, primary_key=True),
+    Column("subject_hmac", Words, nullable=False),
+    Column("requested_at", Moment, nullable=False),
+    Column("done_at", Moment, nullable=False),
+    Column("counts", Json, nullable=False),
+    Column("rounds", Json, nullable=False),
+)
+
 audit = Table(
     "audit",
     metadata,
