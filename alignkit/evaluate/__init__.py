@@ -18,7 +18,7 @@ class WinRateConfig:
     """Two policies answer the same prompts with the same noise; a judge scores both."""
 
     candidate: PolicyStage = setting(doc="the stage whose policy is after")
-    baseline: PolicyStage = setting(doc="the stage whose policy is before")
+    baseline: PolicyStage | None = setting(None, "the stage whose policy is before; none: the run's own `policy`")
     judge: Component[RewardSource] = setting(doc="what scores the answers; better not what the candidate was trained on")
     prompts: Component[DataSource] = setting(doc="held-out prompts")
     judge_data: Component[DataSource] | None = setting(

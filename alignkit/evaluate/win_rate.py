@@ -39,6 +39,16 @@ class Answers:
     lengths: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two policies' answers to the same prompts with the same noise, and the figures of ``evaluation.json``."""
+
+    candidate: Policy
+    before: Rollout
+    after: Rollout
+    figures: dict[str, Any]
+
+
 class WinRate:
     """Compares the policies of two stages."""
 
@@ -48,6 +58,10 @@ class WinRate:
 
     def evaluate(self) -> Mapping[str, Any]:
         """The figures, ready for ``evaluation.json``: a figure that cannot be computed is None."""
+        return self.compare().figures
+
+    def compare(self) -> Comparison:
+        """Both policies' answers, judged, for whoever wants to measure more of them."""
         config, context = self._config, self._context
         baseline = context.load_policy(config.baseline, False)
         candidate = context.load_policy(config.candidate, False)
@@ -55,13 +69,14 @@ class WinRate:
         rows = list(context.build_data(config.prompts).rows())
         encoded = encode_prompts(candidate.codec, read_prompts(rows), max_length=config.max_length, overlong="error").rows
 
-        context.say(f"{len(encoded)} prompts, {config.baseline} against {config.candidate}")
+        before_name = config.baseline or "the policy that the run began with"
+        context.say(f"{len(encoded)} prompts, {before_name} against {config.candidate}")
         before_rollout, after_rollout = self._draw(baseline, encoded), self._draw(candidate, encoded)
         before, after = judged(before_rollout, judge), judged(after_rollout, judge)
         kl = sequence_kl(candidate, baseline, after_rollout.batch, config.temperature)
         figures: dict[str, Any] = {
             "candidate": config.candidate,
-            "baseline": config.baseline,
+            "baseline": before_name,
             "judge": config.judge.kind,
             "prompts": len(encoded),
             "samples_per_prompt": config.samples_per_prompt,
@@ -71,7 +86,8 @@ class WinRate:
             **self._judge_accuracy(judge),
         }
         shown = config.examples * config.samples_per_prompt
-        return without_nan(figures) | {"examples": examples(before, after)[: shown : config.samples_per_prompt]}
+        examples_shown = examples(before, after)[: shown : config.samples_per_prompt]
+        return Comparison(candidate, before_rollout, after_rollout, without_nan(figures) | {"examples": examples_shown})
 
     def _draw(self, policy: Policy, prompts: Sequence[PromptRow]) -> Rollout:
         sampling = Sampling(max_new_tokens=self._config.max_new_tokens, temperature=self._config.temperature)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -34,10 +35,13 @@ _HEADERS = {
 
 
 class Envelope:
-    """``requests`` counts by method, route and status; ``seconds`` measures until the last byte."""
+    """``requests`` counts by method, route and status; ``seconds`` measures until the last byte.
 
-    def __init__(self, app: ASGIApp, *, body_bytes: int, requests: Counter, seconds: Histogram) -> None:
-        self._app, self._body_bytes = app, body_bytes
+    ``body_bytes`` is the most that a body may have, but for the paths that are ``larger``.
+    """
+
+    def __init__(self, app: ASGIApp, *, body_bytes: int, larger: Mapping[str, int], requests: Counter, seconds: Histogram) -> None:
+        self._app, self._body_bytes, self._larger = app, body_bytes, larger
         self._requests, self._seconds = requests, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,14 +55,15 @@ class Envelope:
         request_id = given if _ID.fullmatch(given) else new_id("req-")
         scope.setdefault("state", {})["request_id"] = request_id
         declared = headers.get("content-length", "0")
-        too_long = declared.isdigit() and int(declared) > self._body_bytes
+        most = self._larger.get(scope["path"], self._body_bytes)
+        too_long = declared.isdigit() and int(declared) > most
 
         async def receiving() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if too_long or read > self._body_bytes:
-                raise ApiError(413, "request_too_large", f"the request's body is longer than {self._body_bytes} bytes")
+            if too_long or read > most:
+                raise ApiError(413, "request_too_large", f"the request's body is longer than {most} bytes")
             return message
 
         async def sending(message: Message) -> None:

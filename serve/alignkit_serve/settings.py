@@ -10,6 +10,7 @@ class Limits:
     """Sizes are counted before anything is tokenised; seconds are wall time."""
 
     body_bytes: int = 1 << 20
+    batch_bytes: int = 8 << 20
     prompt_characters: int = 400_000
     choices: int = 16
     rows: int = 32

@@ -263,6 +263,15 @@ def test_a_batch_stores_what_it_can_and_tells_of_each(server: Running, client: h
     assert refused(client.post("/v1/feedback:batch", json={"items": []}))[2] == "items"
 
 
+def test_a_batch_may_be_longer_than_anything_else(server: Running, client: httpx.Client) -> None:
+    (a,) = completions(answer(client))
+    comment = {"kind": "comment", "target_type": "completion", "target_id": a, "value": "x" * 10_000}
+    items = [{**comment, "idempotency_key": str(i)} for i in range(200)]
+    assert [each["status"] for each in client.post("/v1/feedback:batch", json={"items": items}).json()["data"]] == [201] * 200
+    assert refused(client.post("/v1/feedback", json={**comment, "padding": "x" * (1 << 20)})) == (413, "request_too_large", None)
+    assert refused(client.post("/v1/feedback:batch", json={"items": [], "padding": "x" * (8 << 20)})) == (413, "request_too_large", None)
+
+
 def test_an_opinion_changes_and_what_it_was_is_kept(server: Running, client: httpx.Client) -> None:
     (completion,) = completions(answer(client))
     first = said(client, thumb(completion), "1")
