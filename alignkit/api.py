@@ -1,10 +1,11 @@
 """What a plugin's declaring module imports: interfaces, specs, records, settings, errors and the hook marker. Torch-free."""
 
 from alignkit.context import Context
-from alignkit.errors import AlignkitError, DataError, ModelError, RunError, SettingError
+from alignkit.errors import AlignkitError, DataError, ModelError, RunError, SettingError, Unavailable
 from alignkit.hookspecs import hookimpl
 from alignkit.interfaces import (
     API_VERSION,
+    Answer,
     Codec,
     Command,
     CommandSpec,
@@ -18,6 +19,7 @@ from alignkit.interfaces import (
     OptimizerSpec,
     Policy,
     PolicySpec,
+    RewardService,
     RewardSource,
     RewardSpec,
     Rollout,
@@ -30,7 +32,7 @@ from alignkit.interfaces import (
     Tracker,
     TrackerSpec,
 )
-from alignkit.settings import Component, FilePath, PolicyStage, RewardStage, StageName, setting
+from alignkit.settings import Component, DatabaseUrl, FilePath, NewPath, PolicyStage, RewardStage, StageName, setting
 from alignkit.types import (
     Demonstration,
     Document,
@@ -50,6 +52,7 @@ from alignkit.types import (
 __all__ = [
     "API_VERSION",
     "AlignkitError",
+    "Answer",
     "Codec",
     "Command",
     "CommandSpec",
@@ -58,6 +61,7 @@ __all__ = [
     "DataError",
     "DataSource",
     "DataSpec",
+    "DatabaseUrl",
     "Demonstration",
     "Document",
     "Evaluator",
@@ -66,6 +70,7 @@ __all__ = [
     "Message",
     "Metrics",
     "ModelError",
+    "NewPath",
     "OfflineOptimizer",
     "OnlineOptimizer",
     "Optimizer",
@@ -78,6 +83,7 @@ __all__ = [
     "PromptRow",
     "RankedRows",
     "Ranking",
+    "RewardService",
     "RewardSource",
     "RewardSpec",
     "RewardStage",
@@ -97,6 +103,7 @@ __all__ = [
     "TokenScores",
     "Tracker",
     "TrackerSpec",
+    "Unavailable",
     "hookimpl",
     "setting",
 ]

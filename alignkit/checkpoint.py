@@ -10,13 +10,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import CheckpointError
+from alignkit.errors import CheckpointError, SaveError
 from alignkit.files import FileHash, difference, explained, hash_folder, json_text, sync_file, sync_folder, write_text
 from alignkit.interfaces import State
 
@@ -28,7 +28,6 @@ FORMAT = 1
 
 _MANIFEST = "manifest.json"
 _VALUES = "state.json"
-_INTACT = "what was saved before is intact; repair this and run the same command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,16 @@ class _Broken(Exception):
     """Why a checkpoint cannot be trusted."""
 
 
-def save_checkpoint(folder: Path, step: int, states: Mapping[str, State], keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, states: Mapping[str, State], keep: int, *, anchors: Collection[int] = ()) -> Path:
     """Write ``folder/step-...`` so that it appears whole or not at all, then remove all but the newest ``keep``.
 
-    Raises ``CheckpointError`` when the disk refuses or a state holds what JSON cannot; the checkpoints before are as they were.
+    For each step in ``anchors``, the newest from before it stays as well.
+    Raises ``SaveError`` when the disk refuses, ``CheckpointError`` when a state holds what JSON cannot; the checkpoints before are as
+    they were.
     """
     target = folder / f"step-{step:08d}"
     values = json_text({name: _checked(target, name, state.values) for name, state in states.items()})
-    with explained(f"{target} cannot be written", CheckpointError, remedy=_INTACT):
+    with explained(f"{target} cannot be written", SaveError, remedy=""):
         folder.mkdir(parents=True, exist_ok=True)
         _check_room(folder, states)
         with _appearing(target, folder / f".tmp-{step}-{os.getpid()}") as temporary:
@@ -58,10 +59,21 @@ def save_checkpoint(folder: Path, step: int, states: Mapping[str, State], keep: 
             write_text(temporary / _VALUES, values)
             files = {name: asdict(found) for name, found in _seal(temporary).items()}
             write_text(temporary / _MANIFEST, json_text({"format": FORMAT, "step": step, "files": files}))
-    with explained(f"{target} is written, but the checkpoints before it cannot be removed", CheckpointError):
-        for old in _steps(folder)[keep:]:
-            shutil.rmtree(_hidden(old))
+    with explained(f"{target} is written, but the checkpoints before it cannot be removed", SaveError, remedy=""):
+        steps = _steps(folder)
+        stay = {next((path for path in steps if _number(path) < anchor), None) for anchor in anchors}
+        for old in steps[keep:]:
+            if old not in stay:
+                shutil.rmtree(_hidden(old))
     return target
+
+
+def forget(folder: Path, step: int) -> None:
+    """Remove the checkpoints of ``step`` and later. Raises ``SaveError`` when the disk refuses."""
+    with explained(f"the checkpoints in {folder} cannot be removed", SaveError, remedy=""):
+        for path in _steps(folder) if folder.is_dir() else ():
+            if _number(path) >= step:
+                shutil.rmtree(_hidden(path))
 
 
 def load_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -90,9 +102,9 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | No
 def save_artifact(folder: Path, write: Callable[[Path], None]) -> dict[str, FileHash]:
     """Let ``write`` fill a folder that appears as ``folder`` only when it is whole, in place of an older one.
 
-    Returns the hash of each file, for the manifest. Raises ``CheckpointError`` when the disk refuses.
+    Returns the hash of each file, for the manifest. Raises ``SaveError`` when the disk refuses.
     """
-    with explained(f"{folder} cannot be written", CheckpointError, remedy=_INTACT):
+    with explained(f"{folder} cannot be written", SaveError, remedy=""):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent, f"{folder.name}-")
         with _appearing(folder, folder.with_name(f".tmp-{folder.name}-{os.getpid()}")) as temporary:
@@ -249,7 +261,4 @@ def _check_room(folder: Path, states: Mapping[str, State]) -> None:
     need = 1.05 * sum(tensor.numel() * tensor.element_size() for state in states.values() for tensor in state.tensors.values())
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise CheckpointError(
-            f"a checkpoint in {folder} needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
-            "what was saved before is intact; free some space and run the same command again"
-        )
+        raise SaveError(f"a checkpoint in {folder} needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")

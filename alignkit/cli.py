@@ -22,8 +22,8 @@ _OF_THE_DISK = frozenset(
 
 
 class _Guarded(click.Group):
-    """Commands of its own and of plugins. Turns whatever goes wrong into a message and an exit code: 2 for what the user can repair, 1
-    for a bug.
+    """Commands of its own and of plugins. Turns whatever goes wrong into a message and an exit code: the error's own for what the user
+    can repair (2 as a rule), 1 for a bug.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -50,7 +50,7 @@ class _Guarded(click.Group):
             ctx.exit(stop.exit_code)
         except AlignkitError as error:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
-            ctx.exit(2)
+            ctx.exit(error.exit_code)
         except OSError as error:
             if error.filename is None or error.errno not in _OF_THE_DISK:
                 _bug(ctx)
@@ -86,14 +86,15 @@ def cli() -> None:
 @_CONFIG
 @_OVERRIDES
 @click.option("--fresh", is_flag=True, help="Start anew; the folder of an earlier run is kept beside the new one.")
-def run(config: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+@click.option("--accept-changes", is_flag=True, help="Go on although config, data, chat template or plugins are not what they were.")
+def run(config: Path, overrides: tuple[str, ...], fresh: bool, accept_changes: bool) -> None:
     """Run CONFIG, or continue it where it stopped.
 
     A KEY=VALUE overrides the file, such as ppo.optimizer.kl.coef=0.1 (a stage is addressed by its name).
     """
     from alignkit.runner import run_config
 
-    run_config(config, overrides, fresh=fresh)
+    run_config(config, overrides, fresh=fresh, accept_changes=accept_changes)
 
 
 @cli.command()

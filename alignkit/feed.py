@@ -32,6 +32,10 @@ class Feed:
     validation: Sequence[Any]
     report: dict[str, Any]
 
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of the rows."""
+        return {f"{name}_sha256": report["sha256"] for name, report in self.report.items()}
+
 
 def read_feed(registry: Registry, stage: StageConfig, form: str, codec: Any) -> Feed:
     """Everything the stage learns from. Raises ``DataError`` naming the file and line of what cannot be used."""

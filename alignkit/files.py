@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(
-    what: str, kind: type[AlignkitError] = RunError, *, remedy: str = "repair this and run the same command again"
+    what: str, kind: Callable[[str], AlignkitError] = RunError, *, remedy: str = "; repair this and run the same command again"
 ) -> Iterator[None]:
     """Within, whatever the disk refuses becomes a ``kind`` that says ``what`` failed, why, and what to do."""
     from safetensors import SafetensorError
@@ -128,7 +128,7 @@ def explained(
         yield
     # A full disk under safetensors is no OSError.
     except (OSError, SafetensorError) as error:
-        raise kind(f"{what}: {_reason(error)}; {remedy}") from error
+        raise kind(f"{what}: {_reason(error)}{remedy}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,14 +16,20 @@ from typing import TYPE_CHECKING, Any
 import alignkit
 from alignkit.errors import RunError
 from alignkit.files import write_json
+from alignkit.settings import Component
+from alignkit.world import Changes, differences
 
 if TYPE_CHECKING:
     from alignkit.config import LoadedConfig
     from alignkit.registry import Registry
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "datasets", "omegaconf", "pluggy")
-# Where metrics go and how often state is saved changes nothing that is learnt.
-_FREE = ("dir", "trackers", "checkpoint")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy", "safetensors", "datasets", "omegaconf", "pluggy")
+_COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")
+"""Those whose other version may round, or draw, differently."""
+_PLACE = ("threads", "device", "cpu")
+"""Of what was chosen on the machine, that which rounds differently elsewhere."""
+_FREE = ("dir", "trackers", "checkpoint", "checks", "threads")
+"""Where metrics go, how often state is saved and what is looked at changes nothing that is learnt; threads change what is rounded."""
 
 
 @contextmanager
@@ -50,26 +57,13 @@ def choices_of(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mapping[str, Any]) -> None:
-    """Write ``run.json``, or check that the folder is this config's. Raises ``RunError`` with the differences."""
+def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mapping[str, Any], changes: Changes) -> None:
+    """Write ``run.json``, or check that the folder is this config's, by the same plugins, on a machine like that.
+
+    Raises ``RunError`` with the differences; those that were accepted are in ``run.json`` from now on.
+    """
     path = folder / "run.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise RunError(
-                f"{path} is not what a run wrote there ({type(error).__name__}); "
-                "choose another folder with dir=PATH, or start anew with --fresh"
-            ) from error
-        changes = sorted(_differences(_learnt(before), _learnt(loaded.resolved)))
-        if changes:
-            raise RunError(
-                f"{folder} holds a run of another config:\n  "
-                + "\n  ".join(changes)
-                + "\nput the config back, choose another folder with dir=PATH, or start anew with --fresh (the old folder is kept)"
-            )
-        return
-    write_json(path, {
+    now: dict[str, Any] = {
         "alignkit": alignkit.__version__,
         "config": loaded.resolved,
         "origins": loaded.origins,
@@ -78,7 +72,26 @@ def claim(folder: Path, loaded: LoadedConfig, registry: Registry, choices: Mappi
         "python": sys.version.split()[0],
         "machine": {"system": platform.platform(), "processor": platform.machine()},
         "choices": dict(choices),
-    })  # fmt: skip
+    }
+    if not path.is_file():
+        write_json(path, now)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        used = _used(loaded, registry)
+        changed = sorted(differences(_learnt(before["config"]), _learnt(loaded.resolved)))
+        changed += sorted(differences(_of(before["plugins"], used), _of(now["plugins"], used), "plugins"))
+        elsewhere = sorted(differences(_of(before["libraries"], _COMPUTING), _of(now["libraries"], _COMPUTING), "libraries"))
+        elsewhere += sorted(differences(_of(before["choices"], _PLACE), _of(choices, _PLACE)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} is not what a run wrote there ({type(error).__name__}); "
+            "choose another folder with dir=PATH, or start anew with --fresh"
+        ) from error
+    changes.settle(f"the run in {folder}", changed)
+    changes.warn(elsewhere)
+    if changed:
+        write_json(path, now)
 
 
 def set_aside(folder: Path) -> Path:
@@ -94,17 +107,27 @@ def _learnt(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _FREE}
 
 
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """``key: old -> new`` for each leaf that differs; stages are named, not numbered."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for i, (old, new) in enumerate(zip(before, now, strict=True)):
-            name = old.get("name", i) if isinstance(old, dict) else i
-            yield from _differences(old, new, f"{where}.{name}" if where != "stages" else str(name))
-    elif before != now:
-        yield f"{where}: {json.dumps(before)} -> {json.dumps(now)}"
+def _of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def _used(loaded: LoadedConfig, registry: Registry) -> list[str]:
+    """The plugins whose parts the run is made of."""
+    configs = {type(component.config) for component in _components([loaded.run.policy, *loaded.run.stages])}
+    return [plugin.name for plugin in registry.plugins if any(spec.config in configs for specs in plugin.specs.values() for spec in specs)]
+
+
+def _components(value: Any) -> Iterator[Component[Any]]:
+    """Every part that a config names, at any depth."""
+    if isinstance(value, Component):
+        yield value
+        yield from _components(value.config)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _components(one)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _components(getattr(value, field.name))
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,7 @@ Torch-free at import: a plugin's declaring module imports this through ``alignki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +124,26 @@ class RewardSource(Protocol):
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
         """One score a sample, in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one of the samples that a service was asked about, ``index`` in their order.
+
+    ``answered`` False: nobody answered, and ``score`` says why there is no verdict; asked again, somebody may.
+    """
+
+    index: int
+    score: Score
+    answered: bool = True
+
+
+@runtime_checkable
+class RewardService(Protocol):
+    """A reward source whose answers arrive one after the other, so that each can be kept before the next is waited for."""
+
+    def answers(self, samples: Sequence[Sample]) -> Iterator[Sequence[Answer]]:
+        """One answer a sample, as they come, a batch at a time, in any order."""
 
 
 class DataSource(Protocol):
@@ -255,9 +275,14 @@ class PolicySpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec(Spec):
-    """``build(config, context)`` makes the reward source."""
+    """``build(config, context)`` makes the reward source.
+
+    ``journal``: its answers cannot be had again, or not for nothing, because a person, a judge or a service gives them. They are written
+    down before they are used, and read when a step is done again; such a source has no state of its own (``alignkit.journal``).
+    """
 
     build: Callable[[Any, Context], RewardSource]
+    journal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,15 @@ from alignkit.memory import keep_freed_memory
 from alignkit.registry import Registry, find_plugins
 from alignkit.threads import wait_briefly
 from alignkit.tracking import EventLog, Terminal, quiet_libraries
+from alignkit.world import Changes
 
 
-def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False, accept_changes: bool = False) -> Path:
     """Run or continue what ``config`` describes; returns the run's folder.
 
-    ``fresh`` moves an earlier run in the folder aside and starts anew. Raises ``AlignkitError`` for what the caller can repair,
-    ``Interrupted`` when a signal stopped it after its state was saved.
+    ``fresh`` moves an earlier run in the folder aside and starts anew; ``accept_changes`` goes on with a run although config, data, chat
+    template or plugins are not what they were. Raises ``AlignkitError`` for what the caller can repair, ``Interrupted`` when a signal
+    stopped it after its state was saved.
     """
     wait_briefly()
     keep_freed_memory()
@@ -35,11 +37,11 @@ def run_config(config: str | Path, overrides: Sequence[str] = (), *, fresh: bool
             aside = set_aside(folder)
         terminal.say(f"the earlier run was moved to {aside}")
     with locked(folder):
-        _run(loaded, registry, folder, terminal)
+        _run(loaded, registry, folder, terminal, accept_changes)
     return folder
 
 
-def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Terminal) -> None:
+def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Terminal, accept_changes: bool) -> None:
     import torch
 
     from alignkit.models import kernels
@@ -54,12 +56,18 @@ def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Termi
     # Another way of multiplying would round differently: a run goes on with the one it began with, where it goes on on the same device.
     before = choices_of(folder)
     kernels.use(kernels.Kernels(**before["kernels"]) if before.get("device") == device and "kernels" in before else kernels.probe())
-    choices = {"threads": torch.get_num_threads(), "device": device, "kernels": asdict(kernels.chosen())}
-    claim(folder, loaded, registry, choices)
+    choices = {
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernels": asdict(kernels.chosen()),
+    }
     events = EventLog(folder / "events.jsonl")
+    changes = Changes(accept_changes, terminal.say, events)
+    claim(folder, loaded, registry, choices, changes)
     trackers = [registry.tracker(chosen.kind).build(chosen.config, folder) for chosen in run.trackers]
     with stop_on_signal(terminal.say) as stop:
-        stages = StageRunner(run, registry, folder, terminal, events, trackers, stop)
+        stages = StageRunner(run, registry, folder, terminal, events, trackers, stop, changes)
         try:
             for stage in run.stages:
                 stages.run(stage)

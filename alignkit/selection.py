@@ -12,7 +12,7 @@ from alignkit.config.schema import SelectConfig
 from alignkit.data.records import prompts as read_prompts
 from alignkit.errors import RunError
 from alignkit.files import FileHash
-from alignkit.interfaces import Policy, State
+from alignkit.interfaces import Policy, RewardSource, State
 from alignkit.rollout import LocalEngine
 from alignkit.types import Metrics, PromptRow, Sampling
 
@@ -56,6 +56,11 @@ class Selection:
             raise RunError(f"{chosen} is the best candidate of this stage, and it is gone; restore it, or start the run anew with --fresh")
         return save_artifact(target, lambda folder: _copy(chosen, folder))
 
+    @property
+    def best(self) -> Path | None:
+        """Where the best candidate so far is."""
+        return None if self._best is None else self._path(self._best)
+
     def report(self) -> dict[str, Any]:
         """For the manifest."""
         return {"chosen_step": self._best, "candidates": self._candidates}
@@ -80,14 +85,12 @@ def by_loss(candidate: Path, validation: Metrics) -> Metrics:
     return {"selection/score": -losses[0]}
 
 
-def by_reward(config: SelectConfig, context: Context, load: Callable[[Path], Policy]) -> Judge:
+def by_reward(config: SelectConfig, context: Context, reward: RewardSource, load: Callable[[Path], Policy]) -> Judge:
     """The higher the mean reward of responses to held-out prompts, the better (Ouyang et al. 2022, section 3.5 and appendix C.1).
 
     All candidates answer the same prompts with the same noise. ``load`` reads a candidate as it was saved.
     """
-    assert config.reward is not None
     assert config.prompts is not None
-    reward = context.build_reward(config.reward)
     asked = read_prompts(list(context.build_data(config.prompts).rows()))
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
 

@@ -22,6 +22,12 @@ RewardStage = NewType("RewardStage", StageName)
 FilePath = NewType("FilePath", str)
 """A field of this type names a file or folder that is there, relative to the working directory or to the config; it is made absolute."""
 
+NewPath = NewType("NewPath", str)
+"""As ``FilePath``, of what need not be there yet: then it is relative to the working directory."""
+
+DatabaseUrl = NewType("DatabaseUrl", str)
+"""A field of this type is the URL of a database; the path in ``sqlite:///PATH`` is a ``FilePath``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Range:

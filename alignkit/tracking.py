@@ -10,12 +10,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.files import explained, write_text
+from alignkit.errors import SaveError
+from alignkit.files import explained, sync_file, write_text
 from alignkit.types import Metrics
 
 if TYPE_CHECKING:
@@ -51,10 +52,24 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting = ""
 
     def log(self, stage: str, step: int, metrics: Metrics) -> None:
-        """Append a step; a figure that is not finite is null. Raises ``RunError`` when the disk refuses."""
-        _append(self._path, {"step": step, **metrics})
+        """Append a step; a figure that is not finite is null. What the disk refuses waits for the next step, or for ``sync``."""
+        self._waiting += _line({"step": step, **metrics})
+        with suppress(SaveError):
+            self._write()
+
+    def sync(self) -> None:
+        """Wait until every step is on the disk. Raises ``SaveError`` when it refuses."""
+        self._write()
+        with explained(f"{self._path} cannot be written", SaveError, remedy=""):
+            sync_file(self._path)
+
+    def _write(self) -> None:
+        with explained(f"{self._path} cannot be written", SaveError, remedy=""):
+            _append(self._path, self._waiting)
+        self._waiting = ""
 
     def cut(self, step: int) -> None:
         """Forget what came after ``step``, and a line that a kill left unfinished: those steps will be done again."""
@@ -76,7 +91,9 @@ class EventLog:
 
     def append(self, kind: str, **values: Any) -> None:
         """One line, with the time in UTC. Raises ``RunError`` when the disk refuses."""
-        _append(self._path, {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **values})
+        line = _line({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **values})
+        with explained(f"{self._path} cannot be written"):
+            _append(self._path, line)
 
 
 class StageProgress:
@@ -179,11 +196,23 @@ def quiet_libraries() -> None:
         sys.modules["datasets"].disable_progress_bars()
 
 
-def _append(path: Path, values: Mapping[str, Any]) -> None:
+def _line(values: Mapping[str, Any]) -> str:
     # JSON has no NaN, and 0 would be a lie.
     finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
-    with explained(f"{path} cannot be written"), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-        handle.write(json.dumps(finite, ensure_ascii=False) + "\n")
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, text: str) -> None:
+    """All of ``text`` or nothing: a full disk takes half a line. Raises ``OSError``."""
+    rest = text.encode("utf-8", errors="backslashreplace")
+    with path.open("ab", buffering=0) as handle:
+        end = handle.tell()
+        try:
+            while rest:
+                rest = rest[handle.write(rest) :]
+        except OSError:
+            handle.truncate(end)
+            raise
 
 
 def _step(line: str) -> int:

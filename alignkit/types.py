@@ -47,6 +47,11 @@ class Sample:
     index: int = 0
 
     @property
+    def id(self) -> str:
+        """The prompt's id and the sample's number among those of its prompt."""
+        return f"{self.prompt.id}/{self.index}"
+
+    @property
     def messages(self) -> tuple[Message, ...]:
         """The whole conversation, the response as its last turn."""
         return (*self.prompt.messages, Message("assistant", self.response))

@@ -15,6 +15,7 @@ import torch
 
 from alignkit.context import Context
 from alignkit.interfaces import Rollout, ScoredRollout
+from alignkit.journal import Journal
 from alignkit.learner import Learner
 from alignkit.memory import keep_freed_memory
 from alignkit.models import causal_lm, kernels
@@ -159,7 +160,8 @@ def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
         seed=work.seed, folder=Path(tempfile.mkdtemp()), registry=find_plugins(),
         start=None, reference=None, plan=plan, rows=(), checks=True,
         artifact=lambda stage: Path(work.model), load_policy=lambda stage, trainable: load_policy(work, told, trainable),
-        load_scalar=lambda stage, trainable: load_scalar_model(work, told, trainable), say=lambda text: print(text, flush=True),
+        load_scalar=lambda stage, trainable: load_scalar_model(work, told, trainable),
+        journal=Journal(Path(tempfile.mkdtemp()) / "rewards.db"), say=lambda text: print(text, flush=True),
     )  # fmt: skip
 
 

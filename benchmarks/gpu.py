@@ -46,7 +46,7 @@ def main() -> None:
         learner = Learner(policy.module, AdamWConfig(), steps=1000)
 
         def update(batch=batch, learner=learner) -> None:
-            learner.step([lambda: (-policy.score_tokens(batch).logprobs.sum() / batch.loss_mask.sum(), {})])
+            learner.step(lambda tokens: [lambda: (-policy.score_tokens(batch).logprobs.sum() / batch.loss_mask.sum(), {})])
 
         seconds = fastest(update, 3)
         work = 6 * weights * int(batch.mask.sum())

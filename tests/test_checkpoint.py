@@ -304,7 +304,7 @@ def test_a_full_disk_before_and_while_saving(small_disk: Path, monkeypatch: pyte
     saved(folder, 1)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(2 * 2**20))
-    with pytest.raises(CheckpointError, match=r"needs 2\.2 MB and [01]\.\d MB are free; .*free some space and run the same command again"):
+    with pytest.raises(CheckpointError, match=r"needs 2\.2 MB and [01]\.\d MB are free; what was saved before is intact: repair this"):
         save_checkpoint(folder, 2, large, keep=1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_check_room", lambda folder, states: None)
@@ -327,9 +327,10 @@ def test_a_run_on_a_full_disk_ends_with_one_message_and_goes_on_when_there_is_ro
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     stopped = run(small_disk / "run")
-    assert stopped.returncode == 2
-    assert stopped.stderr.startswith("error: a checkpoint in ")
-    assert stopped.stderr.endswith("what was saved before is intact; free some space and run the same command again\n")
+    assert stopped.returncode == 74
+    assert "not saved after step 2, and going on; 3 times in a row would end the run: a checkpoint in " in stopped.stdout
+    assert stopped.stderr.startswith("error: 3 times in a row, now after step 4: a checkpoint in ")
+    assert stopped.stderr.endswith("what was saved before is intact: repair this and run the same command again\n")
     assert stopped.stderr.count("\n") == 1
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     assert "continuing after step 1\n" in run(small_disk / "run").stdout

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from alignkit.testing import (
     make_context,
 )
 from alignkit.testing.imports import assert_light
-from alignkit_ppo import CriticConfig, PPOConfig
+from alignkit_ppo import CriticConfig, KLConfig, PPOConfig
 from alignkit_ppo import register_optimizers as ppo
 from alignkit_reward_model import RewardModelConfig, TrainedRewardConfig, register_rewards
 from alignkit_reward_model import register_optimizers as reward_model
@@ -163,6 +164,78 @@ def test_a_faulty_source_is_caught(score: Any, test: str, message: str, tmp_path
 def test_a_state_that_json_cannot_hold_is_caught(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not plain JSON"):
         kit_of(Counter()).test_a_loaded_state_scores_the_same(tmp_path)
+
+
+class Forgetful:
+    """Counts what it has scored, and on loading begins anew; ``honest`` says that its state shows it."""
+
+    def __init__(self, honest: bool) -> None:
+        self.seen, self._shown, self._honest = 0, 0, honest
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        self.seen += len(samples)
+        return [Score(float(self.seen)) for _ in samples]
+
+    def state(self) -> State:
+        return State(values={"seen": self.seen if self._honest else max(self.seen, self._shown)})
+
+    def load_state(self, state: State) -> None:
+        self._shown = state.values["seen"]
+
+
+@pytest.mark.parametrize(("honest", "message"), [(True, "is not what was saved: {'seen': 0}"), (False, "became Score")])
+def test_a_source_that_does_not_load_is_caught(honest: bool, message: str, tmp_path: Path) -> None:
+    kit = TestCountingReward()
+    kit.spec = RewardSpec(kind="faulty", summary="", config=CountConfig, build=lambda config, context: Forgetful(honest))
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        kit.test_a_loaded_state_scores_the_same(tmp_path)
+
+
+class Amnesiac:
+    """An optimizer whose state lacks something: what ``keeps`` does not let through."""
+
+    def __init__(self, optimizer: Any, keeps: Callable[[State], State]) -> None:
+        self._optimizer, self._keeps = optimizer, keeps
+        self.update, self.load_state = optimizer.update, optimizer.load_state
+
+    def state(self) -> State:
+        return self._keeps(self._optimizer.state())
+
+
+def without_tensors(prefix: str) -> Callable[[State], State]:
+    return lambda state: State({k: v for k, v in state.tensors.items() if not k.startswith(prefix)}, state.values)
+
+
+def with_values(**values: Any) -> Callable[[State], State]:
+    return lambda state: State(state.tensors, {**state.values, **values})
+
+
+def without_steps(learner: str) -> Callable[[State], State]:
+    return lambda state: State(state.tensors, {**state.values, learner: {**state.values[learner], "step": 0}})
+
+
+ITEMS: dict[str, tuple[Callable[[State], State], str]] = {
+    "policy": (without_tensors("policy/weight/"), "the metrics were"),
+    "policy's moments": (without_tensors("policy/adam."), "the metrics were"),
+    "policy's step": (without_steps("policy"), "the metrics were"),
+    "critic": (without_tensors("critic/weight/"), "the metrics were"),
+    "critic's moments": (without_tensors("critic/adam."), "the metrics were"),
+    "critic's step": (without_steps("critic"), "the metrics were"),
+    "KL coefficient": (with_values(kl_coef=0.05), "the metrics were"),
+    "iteration": (with_values(iteration=0), "the metrics were"),
+}
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_an_optimizer_that_forgets_one_item_is_caught(item: str, tmp_path: Path) -> None:
+    forget, message = ITEMS[item]
+    kit = TestPPO()
+    adaptive = KLConfig(kind="adaptive", target=1.0, horizon=20.0)
+    kit.config = replace(TestPPO.config, kl=adaptive, warmup=0.5, learning_rate=1e-2, whiten_rewards=False)
+    build = TestPPO.spec.build
+    kit.spec = replace(TestPPO.spec, build=lambda config, context: Amnesiac(build(config, context), forget))
+    with pytest.raises(AssertionError, match=message):
+        kit.test_a_loaded_state_continues_on_the_same_trajectory(tmp_path)
 
 
 def test_a_missing_entry_point_is_caught() -> None:

@@ -56,7 +56,7 @@ def served(found: list[Block], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         yield SERVER
         return
     with running(tiny_folder(), f"sqlite:///{folder / 'alignkit.db'}") as server:
-        monkeypatch.setenv("ALIGNKIT_API_KEY", server.key("infer", "feedback:write", "feedback:read", "admin"))
+        monkeypatch.setenv("ALIGNKIT_API_KEY", server.key("infer", "feedback:write", "feedback:read", "export", "admin"))
         yield server.url
 
 

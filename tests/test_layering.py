@@ -41,10 +41,10 @@ LIGHT = [
 CONTRACT = {"api", "adamw"}
 """What a plugin's declaring module may import of the core."""
 
-WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds", "files", "average"}
+WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds", "files", "average", "guards"}
 """What a plugin may import of the core where the work is done."""
 
-SERVING = {"api", "rollout", "models", "data", "registry", "config", "lineage", "files", "threads", "alignkit"}
+SERVING = {"api", "rollout", "models", "data", "evaluate", "registry", "config", "files", "threads", "alignkit"}
 """What the server may import of the core."""
 
 OF_THE_CORE = {

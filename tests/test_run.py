@@ -157,6 +157,10 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(finish
         alignkit.run(SMOKE, [f"dir={finished}", "ppo.optimizer.kl.coef=0.7"])
 
 
+def test_what_changes_nothing_that_is_learnt_may_change(finished: Path) -> None:
+    alignkit.run(SMOKE, [f"dir={finished}", "checks=off", "checkpoint.minutes=1", "checkpoint.keep=5"])
+
+
 def test_a_second_process_in_the_same_folder_is_refused(finished: Path) -> None:
     import fcntl
 

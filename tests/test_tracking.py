@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignkit.errors import RunError
+from alignkit.errors import SaveError
 from alignkit.testing.imports import assert_light
 from alignkit.tracking import EventLog, MetricsFile, Terminal
 
@@ -63,9 +63,17 @@ def test_a_stage_that_starts_over_has_no_steps_and_one_that_never_ran_has_no_fil
     assert path.read_text() == ""
 
 
-def test_metrics_that_cannot_be_written_stop_the_run_with_words(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .*No such file or directory"):
-        MetricsFile(tmp_path / "removed" / "metrics.jsonl").log("ppo", 1, {})
+def test_metrics_that_cannot_be_written_wait_and_are_asked_for_before_a_checkpoint(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "removed" / "metrics.jsonl")
+    file.log("ppo", 1, {"kl/coef": 0.1})
+    with pytest.raises(
+        SaveError, match=r"metrics\.jsonl cannot be written: .*No such file or directory.*; what was saved before is intact"
+    ):
+        file.sync()
+    (tmp_path / "removed").mkdir()
+    file.log("ppo", 2, {"kl/coef": 0.2})
+    file.sync()
+    assert lines(tmp_path / "removed" / "metrics.jsonl") == [{"step": 1, "kl/coef": 0.1}, {"step": 2, "kl/coef": 0.2}]
 
 
 def test_events_have_the_time_and_outlive_a_torn_line(tmp_path: Path) -> None:

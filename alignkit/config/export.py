@@ -13,7 +13,7 @@ from alignkit.config.load import LoadedConfig
 from alignkit.config.schema import RunConfig
 from alignkit.interfaces import DataSource, Evaluator, Optimizer, Policy, RewardSource, Tracker
 from alignkit.registry import Registry
-from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName, interface_of
+from alignkit.settings import Component, DatabaseUrl, FilePath, NewPath, PolicyStage, Range, RewardStage, StageName, interface_of
 
 INTERFACES: dict[str, type] = {
     "policy": Policy,
@@ -172,6 +172,8 @@ def _words(kind: Any) -> str:
         float: "number",
         bool: "true or false",
         FilePath: "file",
+        NewPath: "path",
+        DatabaseUrl: "database URL",
         StageName: "earlier stage",
         PolicyStage: "earlier stage that makes a policy",
         RewardStage: "earlier stage that makes a reward model",

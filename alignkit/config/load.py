@@ -15,7 +15,7 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Optimizer, OptimizerSpec
 from alignkit.registry import Registry
 
-_ONLY_WITH_OPTIMIZER = ("data", "validation", "prompts", "reward", "start", "reference", "select")
+_ONLY_WITH_OPTIMIZER = ("data", "validation", "prompts", "reward", "start", "reference", "select", "watch")
 _DIR = next(f for f in fields(RunConfig) if f.name == "dir")
 _FOLDERS = ("model",)
 """What a run's folder holds besides the stages' folders, under a name that a stage could have."""
@@ -113,7 +113,7 @@ def _check_feed(checked: Validator, stage: StageConfig, key: Key) -> None:
         return
     spec = checked.registry.optimizer(stage.optimizer.kind)
     from_rollouts = spec.feed == "rollouts"
-    needed, refused = (("prompts", "reward"), ("data", "validation")) if from_rollouts else (("data",), ("prompts", "reward"))
+    needed, refused = (("prompts", "reward"), ("data", "validation")) if from_rollouts else (("data",), ("prompts", "reward", "watch"))
     for missing in needed:
         if getattr(stage, missing) is None:
             checked.report(key, f"{name} has no {missing}; optimizer {spec.kind} learns from {spec.feed} and needs it")

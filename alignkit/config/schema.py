@@ -20,6 +20,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run puts up with before it goes back, once, or stops."""
+
+    skips: int = setting(
+        3, "steps in a row that may be skipped for a loss or gradient that is not finite; then the stage goes back", at_least=1
+    )
+    skipped_share: float = setting(0.05, "the same as a share of the last 100 steps", at_least=0.0, below=1.0)
+    dropped_share: float = setting(
+        0.1,
+        "share of a rollout's responses that may be dropped for figures that are not finite; more stops the run",
+        at_least=0.0,
+        below=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """A second opinion on the policy: rising reward and a falling judge mean that the reward is being exploited."""
+
+    reward: Component[RewardSource] = setting(
+        doc="the judge: a reward source that nothing is trained on, such as a rule or another reward model"
+    )
+    prompts: Component[DataSource] = setting(doc="held-out prompts, the same each time, answered with the same noise")
+    every: int = setting(10, "iterations between two looks", at_least=1)
+    stop: bool = setting(False, "end the stage (exit code 3) when the gap opens; otherwise it is a warning")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which of a stage's validated weights become its artifact; the figures of all of them are written to the manifest."""
 
@@ -55,6 +83,7 @@ class StageConfig:
     overlong: Overlong = setting("error", "what happens to a longer row; whatever happens is counted in the manifest")
     validate_every: int = setting(0, "steps between validations; 0: only at the end", at_least=0)
     select: SelectConfig | None = setting(None, "keep the best of the validated weights; none: the last step's")
+    watch: WatchConfig | None = setting(None, "where rollouts are drawn: a judge beside the reward; none: nobody else looks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +101,4 @@ class RunConfig:
         "on", "on: what must always hold is checked while the run runs, and a violation stops it with the likely causes"
     )
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "when state is saved")
+    guard: GuardConfig = setting(GuardConfig(), "what is done about figures that are not finite")

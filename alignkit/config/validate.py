@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from alignkit.config.document import Document, Key
 from alignkit.errors import PluginError, SettingError
 from alignkit.registry import Registry, did_you_mean
-from alignkit.settings import Component, FilePath, PolicyStage, Range, RewardStage, StageName, interface_of
+from alignkit.settings import Component, DatabaseUrl, FilePath, NewPath, PolicyStage, Range, RewardStage, StageName, interface_of
 
 WRONG = object()
 """Stands for a value that a problem was reported about."""
@@ -73,6 +73,10 @@ class Validator:
             return self._stage(value, key, _STAGES[kind])
         if kind is FilePath:
             return self._file(value, key)
+        if kind is NewPath:
+            return self._new_path(value, key)
+        if kind is DatabaseUrl:
+            return self._database(value, key)
         return self._scalar(kind, value, key)
 
     def component(self, interface: type, value: Any, key: Key) -> Any:
@@ -191,6 +195,25 @@ class Validator:
                 key, f"{self.document.named(key)} is {shown(value)}: no such file here or beside the config{did_you_mean(path.name, near)}"
             )
         return str(found)
+
+    def _new_path(self, value: Any, key: Key) -> Any:
+        if self._scalar(str, value, key) is WRONG:
+            return WRONG
+        if not value:
+            return self.wrong(key, value, "the path of a file or folder")
+        path, beside = Path(value), Path(self.document.file).parent / value
+        return str((beside if beside.exists() and not path.exists() else path).resolve())
+
+    def _database(self, value: Any, key: Key) -> Any:
+        if self._scalar(str, value, key) is WRONG:
+            return WRONG
+        scheme, slashes, path = value.partition(":///")
+        if scheme != "sqlite":
+            return value
+        if not path:
+            return self.wrong(key, value, "sqlite:///PATH, of a database that is there")
+        found = self._file(path, key)
+        return WRONG if found is WRONG else f"{scheme}{slashes}{found}"
 
     def _note_default(self, key: Key, default: Any) -> None:
         if dataclasses.is_dataclass(default) and not isinstance(default, type):

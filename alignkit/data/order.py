@@ -18,6 +18,7 @@ class Order:
             raise DataError(f"{name}: there are no rows")
         self._size, self._seed, self._name = size, seed, name
         self._epoch = self._cursor = 0
+        self.last: list[int] = []  # what was taken last
         self._permutation = self._permuted()
 
     def take(self, count: int) -> list[int]:
@@ -30,6 +31,7 @@ class Order:
             if self._cursor == self._size:
                 self._epoch, self._cursor = self._epoch + 1, 0
                 self._permutation = self._permuted()
+        self.last = taken
         return taken
 
     def _permuted(self) -> list[int]:
@@ -42,11 +44,10 @@ class Order:
         return State(values={"epoch": self._epoch, "cursor": self._cursor, "rows": self._size})
 
     def load_state(self, state: State) -> None:
-        """Continue from ``state``. Raises ``DataError`` when it was taken with another number of rows: their order is another one."""
-        if state.values["rows"] != self._size:
-            raise DataError(
-                f"{self._name}: there are {self._size} rows, and there were {state.values['rows']} when this stage was interrupted; "
-                "put the data back as it was, or start anew (alignkit run --fresh)"
-            )
-        self._epoch, self._cursor = state.values["epoch"], state.values["cursor"]
+        """Continue from ``state``. With another number of rows, whose order is another one, the epoch begins anew.
+
+        A run refuses other rows than it began with (``alignkit.world``), so that this happens to those who have accepted it.
+        """
+        same = state.values["rows"] == self._size
+        self._epoch, self._cursor = state.values["epoch"], state.values["cursor"] if same else 0
         self._permutation = self._permuted()

@@ -82,7 +82,8 @@ def _object(line: bytes, origin: str) -> dict[str, Any]:
     return values
 
 
-def _parquet(path: str) -> Iterator[Row]:
+def parquet_rows(path: str) -> Iterator[Row]:
+    """The rows of a Parquet file. Raises ``DataError`` for what is none."""
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -126,7 +127,7 @@ def shown(text: str, width: int = 200) -> str:
 
 DATA_SPECS = (
     DataSpec(kind="jsonl", summary="JSON lines", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, _jsonl)),
-    DataSpec(kind="parquet", summary="a Parquet file", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, _parquet)),
+    DataSpec(kind="parquet", summary="a Parquet file", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, parquet_rows)),
     DataSpec(
         kind="datasets",
         summary="a folder of the datasets library",

@@ -62,7 +62,7 @@ def _panel(chart: view.Chart, left: int, frame: Frame) -> str:
 def _page(run: RunRecord) -> dict[str, Any]:
     """All that the template shows."""
     comparison, config = run.comparison, run.about["config"]
-    curves = [(stage, *view.charts(stage)) for stage in run.stages if stage.metrics]
+    curves = [(stage, *view.charts(stage, run.warnings)) for stage in run.stages if stage.metrics]
     frontiers = [(stage.name, drawn) for stage in run.stages if (drawn := view.frontier(stage)) is not None]
     finished = {stage.name: stage.manifest.get("seconds") for stage in run.stages if stage.manifest}
     return {

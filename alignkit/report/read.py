@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,24 @@ class StageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """What a guard said: where and when, what it is called, its figure if it has one, and its words."""
+
+    stage: str
+    step: int
+    what: str
+    figure: float | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run's folder, read. ``about`` is ``run.json``."""
 
     folder: Path
     about: Mapping[str, Any]
     stages: tuple[StageRecord, ...]
+    warnings: tuple[Warned, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,7 +69,9 @@ def read_run(folder: Path) -> RunRecord:
         raise RunError(f"{folder} holds no run: there is no run.json in it; give the folder that `dir:` names in the config")
     about = _json(folder / "run.json")
     names = [stage["name"] for stage in about["config"].get("stages", ())]
-    return RunRecord(folder, about, tuple(_stage(folder / name) for name in names if (folder / name).is_dir()))
+    return RunRecord(
+        folder, about, tuple(_stage(folder / name) for name in names if (folder / name).is_dir()), _warnings(folder / "events.jsonl")
+    )
 
 
 def _stage(folder: Path) -> StageRecord:
@@ -66,20 +80,34 @@ def _stage(folder: Path) -> StageRecord:
     return StageRecord(folder.name, folder, manifest, _metrics(folder / "metrics.jsonl"), evaluation)
 
 
+def _warnings(path: Path) -> tuple[Warned, ...]:
+    """The guards' events, in order; what a run that went on told again is told once."""
+    told = [
+        Warned(row["stage"], row["step"], row["what"], row.get("figure"), row["text"]) for row in _rows(path) if row.get("event") == "guard"
+    ]
+    return tuple(dict.fromkeys(told))
+
+
 def _metrics(path: Path) -> dict[str, Points]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     metrics: dict[str, Points] = {}
+    for row in _rows(path):
+        for name, value in row.items():
+            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
+                metrics.setdefault(name, []).append((float(row["step"]), float(value)))
+    return metrics
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that is written a line at a time."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):  # A killed run may leave half a line.
-                break
+                return
             raise RunError(f"{path}:{number}: not a line of JSON: {error}") from error
-        for name, value in row.items():
-            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
-                metrics.setdefault(name, []).append((float(row["step"]), float(value)))
-    return metrics
+        yield row
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,6 +19,7 @@ STYLE = """
 svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 svg text { fill: var(--muted); font-size: 11px; } svg text.strong { fill: var(--ink); font-weight: 600; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .mark { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 3 3; }
+svg .mark.warned { stroke: var(--bad); }
 svg .s0 { --c: var(--s0); } svg .s1 { --c: var(--s1); } svg .s2 { --c: var(--s2); } svg .s3 { --c: var(--s3); }
 svg .curve { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .raw { fill: none; stroke: var(--c); stroke-width: 1; opacity: .35; } svg .dot { fill: var(--c); }
@@ -82,14 +83,17 @@ class Scale:
         return [(value, (f"{value:,.{decimals}f}" if plain else f"{value:.0e}").replace("-", "−")) for value in values]
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_title: str = "step") -> str:
-    """Curves over steps. A long curve is drawn as its moving average over the faint original; a lone point is a dot."""
+def line_chart(series: Sequence[Series], *, title: str, x_title: str = "step", marks: Sequence[tuple[float, str]] = ()) -> str:
+    """Curves over steps. A long curve is drawn as its moving average over the faint original; a lone point is a dot.
+
+    ``marks``: steps at which something happened, with its name: a line from top to bottom. Those beyond the curves are left out.
+    """
     frame = Frame(top=28 if len(series) > 1 else 12)
     everything = [point for one in series for point in one.points]
     x, y = frame.x([p[0] for p in everything], apart=1.0), frame.y([p[1] for p in everything])
     curves = [f'<g class="s{i % 4}">{_curve(one, x, y)}</g>' for i, one in enumerate(series)]
     legend = _legend([one.name for one in series]) if len(series) > 1 else ""
-    return _svg(frame, title, [_axes(frame, x, y, x_title), *curves, legend])
+    return _svg(frame, title, [_axes(frame, x, y, x_title), *_marks(marks, frame, x), *curves, legend])
 
 
 def frontier_chart(path: Points, *, title: str, x_title: str, first: str, last: str) -> str:
@@ -169,6 +173,13 @@ def _axes(frame: Frame, x: Scale, y: Scale, x_title: str) -> str:
     )
     columns = "".join(f'<text x="{x(value):.1f}" y="{bottom + 15}" text-anchor="middle">{label}</text>' for value, label in x.ticks(5))
     return f'{rows}{columns}<text x="{(LEFT + right) / 2}" y="{frame.height - 4}" text-anchor="middle">{escape(x_title)}</text>'
+
+
+def _marks(marks: Sequence[tuple[float, str]], frame: Frame, x: Scale) -> Iterator[str]:
+    for step, name in marks:
+        if x.low <= step <= x.high:
+            at = f'x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{frame.top}" y2="{frame.height - BOTTOM}"'
+            yield f'<line class="mark warned" {at}><title>{escape(name)} at {number(step)}</title></line>'
 
 
 def _legend(names: Sequence[str]) -> str:

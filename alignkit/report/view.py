@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.report.read import Points, RunRecord, StageRecord
+from alignkit.report.read import Points, RunRecord, StageRecord, Warned
 from alignkit.report.svg import Series, frontier_chart, interval_bar, line_chart, number
 
 REWARD, KL = "reward/score_mean", "kl/sequence_nats"
@@ -58,17 +58,38 @@ class TextLosses:
     rows: list[tuple[str, str, str]]
 
 
-def charts(stage: StageRecord) -> tuple[list[Chart], list[Chart]]:
-    """The stage's main curves, and the others. A validation figure lies over its training figure; times share one chart."""
+MARKED = {
+    "length": ("response/length_tokens", "guard/length_correlation", "guard/length_ratio"),
+    "repetition": ("guard/repetitive_share",),
+    "duplicates": ("guard/duplicate_share",),
+    "cut off": ("response/finished_share", "guard/cut_share"),
+    "entropy": ("policy/entropy_nats", "guard/entropy_ratio"),
+    "flat reward": ("reward/score_std", "guard/reward_std"),
+    "proxy gap": (REWARD, "guard/judge_mean"),
+    "kl": (KL,),
+    "skipped step": ("optimizer/grad_norm", "guard/skipped_steps"),
+}
+"""The curves on which a guard's warning is marked."""
+
+
+def charts(stage: StageRecord, warnings: Sequence[Warned] = ()) -> tuple[list[Chart], list[Chart]]:
+    """The stage's main curves, and the others. A validation figure lies over its training figure; times share one chart.
+
+    Each of the run's ``warnings`` is marked on the curves that it is about; a guard's figure that is always 0 is not drawn.
+    """
+    marks: dict[str, list[tuple[float, str]]] = {}
+    for warned in warnings:
+        for name in MARKED.get(warned.what, ()) if warned.stage == stage.name else ():
+            marks.setdefault(name, []).append((float(warned.step), warned.what))
     held_out = {name: points for name, points in stage.metrics.items() if name.startswith("validation/")}
     times = {name: points for name, points in stage.metrics.items() if name.startswith("time/")}
     drawn: dict[str, Chart] = {}
     for name, points in stage.metrics.items():
-        if name.startswith(("validation/", "time/")):
+        if name.startswith(("validation/", "time/")) or (name.startswith("guard/") and not any(value for _, value in points)):
             continue
         over = held_out.pop(f"validation/{name.replace('/', '_')}", None)
         series = [Series("training", points), Series("held out", over)] if over else [Series(name, points)]
-        drawn[name] = _chart(name, series)
+        drawn[name] = _chart(name, series, marks.get(name, ()))
     for name, points in held_out.items():
         drawn[name] = _chart(name, [Series(name, points)])
     if times:
@@ -188,13 +209,13 @@ def _nats(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.3f}".replace("-", "−")
 
 
-def _chart(name: str, series: Sequence[Series]) -> Chart:
+def _chart(name: str, series: Sequence[Series], marks: Sequence[tuple[float, str]] = ()) -> Chart:
     area, _, rest = name.partition("/")
     words, _, unit = rest.rpartition("_")
     if unit not in UNITS or not words:
         words, unit = rest, ""
     now = number(series[0].points[-1][1])
-    return Chart(f"{area} / {words.replace('_', ' ')}", unit, now, line_chart(series, title=name))
+    return Chart(f"{area} / {words.replace('_', ' ')}", unit, now, line_chart(series, title=name, marks=marks))
 
 
 def _bar(comparison: Mapping[str, Any], keys: tuple[str, str, str], *, ends: tuple[float, float], mark: float) -> str | None:

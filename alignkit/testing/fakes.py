@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.config.schema import GuardConfig
 from alignkit.context import Context
+from alignkit.guards.guard import Guard
 from alignkit.interfaces import Policy, Row
+from alignkit.journal import Journal
 from alignkit.models.config import TinyLMConfig
 from alignkit.registry import Registry, find_plugins
+from alignkit.tracking import EventLog
 from alignkit.types import Message, Plan, Prompt, Sample, Score
 
 if TYPE_CHECKING:
@@ -93,5 +97,7 @@ def make_context(
         artifact=artifact,
         load_policy=load_policy,
         load_scalar=load_scalar,
+        journal=Journal(folder / "rewards.db"),
+        guard=Guard("test", GuardConfig(), "", lambda text: None, EventLog(folder / "events.jsonl")),
         say=lambda text: None,
     )

@@ -94,14 +94,10 @@ def alignkit(*arguments: str, cwd: Path, key: str = "", read: bool = False) -> s
     """Run a command as a person would; what it prints, where that is to be ``read``."""
     # The judges of the tiny rounds lie beside this file.
     environment = {**os.environ, "ALIGNKIT_API_KEY": key, "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, "-m", "alignkit", *arguments],
-        cwd=cwd,
-        env=environment,
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE if read else None,
-    )
+    command = [sys.executable, "-m", "alignkit", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE if read else None, check=False)
+    if done.returncode:
+        sys.exit(f"`alignkit {' '.join(arguments)}` has ended with exit code {done.returncode}; see above")
     return done.stdout or ""
 
 
@@ -118,11 +114,15 @@ def key(folder: Path, name: str, scopes: str) -> str:
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """Within, the server of the first policy, or of what has been promoted since; its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # The rounds' configs name it: a call that is repeated must find the server where it was.
+    note = folder / "port"
+    if not note.is_file():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            note.write_text(str(free.getsockname()[1]))
+    port = note.read_text()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "alignkit", "serve", "runs/first", "--store", STORE, "--models", "runs", "--port", str(port)]
+    command = [sys.executable, "-m", "alignkit", "serve", "runs/first", "--store", STORE, "--models", "runs", "--port", port]
     with subprocess.Popen(command, cwd=folder) as server:
         try:
             while not answers(url):

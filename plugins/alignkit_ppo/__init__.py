@@ -34,6 +34,9 @@ class KLConfig:
     kind: Literal["fixed", "adaptive"] = setting("fixed", "adaptive: the coefficient is steered towards a target (Ziegler et al. 2019)")
     coef: float = setting(0.05, "the coefficient, or where an adaptive one starts", at_least=0.0)
     target: float = setting(6.0, "adaptive: wanted KL per response, nats", above=0.0)
+    stop: float | None = setting(
+        100.0, "end the stage (exit code 3) when the KL per response is above this for 3 iterations, nats; none: never", above=0.0
+    )
     horizon: float = setting(10_000.0, "adaptive: responses over which an error of 100% would double the coefficient", above=0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from alignkit import checks
-from alignkit.api import Context, Metrics, Policy, RunError, ScoredRollout, State, Stateful, TokenBatch
+from alignkit.api import Context, Metrics, Policy, RunError, Sample, ScoredRollout, State, Stateful, TokenBatch
 from alignkit.average import WeightAverage
 from alignkit.data.collate import length_buckets
 from alignkit.data.pretraining import PretrainingStream
+from alignkit.guards.finite import finite_rows
 from alignkit.learner import Learner, Share
 from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_eos
 from alignkit.ops.correction import bounded_weights, mismatch, sequence_weights, truncated_weights
@@ -25,6 +27,7 @@ from alignkit.ops.masked import masked_mean, masked_sum, masked_whiten
 from alignkit.ops.stats import explained_variance
 from alignkit.seeds import derived_seed
 from alignkit_ppo.experience import Experience, batch_rows
+from alignkit_ppo.leash import Leash
 from alignkit_ppo.pretraining import ptx_shares
 
 if TYPE_CHECKING:
@@ -48,12 +51,14 @@ class PPO:
         self._critic = _critic(config, context)
         self._steps = config.epochs * config.minibatches  # of one iteration, unless it is stopped early
         iterations = context.plan.steps
-        self._policy_learner = Learner(self._policy.module, config, steps=(iterations - config.critic_warmup) * self._steps)
-        self._critic_learner = Learner(self._critic, config.critic, steps=iterations * self._steps)
+        guard, warm = context.guard, iterations - config.critic_warmup
+        self._policy_learner = Learner(self._policy.module, config, steps=warm * self._steps, guard=guard)
+        self._critic_learner = Learner(self._critic, config.critic, steps=iterations * self._steps, guard=guard)
         self._average = WeightAverage(self._policy.module, config.ema) if config.ema else None
         ptx, codec = config.ptx, self._policy.codec
         self._pretraining = PretrainingStream(context, ptx.data, codec, max_length=ptx.max_length, name="ptx") if ptx else None
         self._kl_coef = config.kl.coef
+        self._leash = Leash(config.kl.stop, context, self.save) if config.kl.stop else None
         self._iteration = 0
 
     @property
@@ -64,6 +69,8 @@ class PPO:
     def update(self, batch: ScoredRollout) -> Metrics:
         """Rewards, advantages, then ``epochs`` passes of ``minibatches`` steps."""
         experience, metrics = self._prepare(batch)
+        if self._leash:
+            self._leash.look(self._iteration + 1, metrics["kl/sequence_nats"])
         steps = list(self._learn(experience, exact=batch.rollout.exact or self._policy.exact))
         metrics |= _over(steps) | {"policy/steps_count": float(sum("loss/policy" in step for step in steps))}
         self._policy.version += 1
@@ -84,11 +91,13 @@ class PPO:
             raise RunError(f"no response of iteration {self._iteration + 1} was scored; the first reason: {scored.scores[0].reason}")
         has_score = torch.tensor([value is not None for value in values])
         score = torch.tensor([0.0 if value is None else value for value in values])
+        sound = score.isfinite()
+        score = torch.where(sound, score, 0.0)
         finished = torch.tensor([sample.finished for sample in rollout.samples])
         judged = penalize_missing_eos(score, finished, penalty=config.missing_eos_penalty)
 
         # A sample without a score is not an example of anything: none of its tokens counts.
-        mask = rollout.batch.loss_mask & has_score[:, None]
+        mask = rollout.batch.loss_mask & (has_score & sound)[:, None]
         batch = TokenBatch(rollout.batch.ids, rollout.batch.mask, mask)
         reference = self._each(batch, lambda part: self._reference.score_tokens(part, temperature=config.temperature).logprobs)
         critic = self._each(batch, self._critic.values)
@@ -96,6 +105,14 @@ class PPO:
         # The sampler's own log-probabilities are the training forward's where both compute in float32.
         trust = rollout.exact and config.correction is None
         logprobs = recorded if trust else self._each(batch, self._logprobs)
+
+        figures = {"log-probabilities": logprobs, "reference log-probabilities": reference, "values": critic}
+        rows = {"rewards": sound, **{name: finite_rows(figure, mask) for name, figure in figures.items()}}
+        dropped = self._dropped(rows, has_score, rollout.samples)
+        has_score = has_score & ~dropped
+        mask = mask & has_score[:, None]
+        batch = replace(batch, loss_mask=mask)
+        logprobs, reference, critic = (torch.where(has_score[:, None], figure, 0.0) for figure in figures.values())
 
         rewards = kl_penalized_rewards(judged, logprobs, reference, mask, coef=self._kl_coef)
         if config.whiten_rewards:
@@ -117,6 +134,7 @@ class PPO:
             "reward/score_std": float(score[has_score].std(correction=0)),
             "reward/total_mean": float((judged[has_score] - self._kl_coef * kl).mean()),
             "reward/masked_count": float((~has_score).sum()),
+            "guard/dropped_samples": float(dropped.sum()),
             "kl/sequence_nats": float(kl.mean()),
             "kl/token_k1_nats": float(masked_mean(k1(logprobs, reference, mask), mask)),
             "kl/token_k3_nats": float(masked_mean(token_k3, mask)),
@@ -131,6 +149,24 @@ class PPO:
         if not trust:
             metrics["rollout/mismatch_nats"] = self._mismatch(logprobs, recorded, mask)
         return experience, metrics | _mean_parts(scored)
+
+    def _dropped(self, rows: Mapping[str, Tensor], has_score: Tensor, samples: Sequence[Sample]) -> Tensor:
+        """Samples [b] with a score of which some figure is not finite. Raises ``RunError`` when they are too many to be an accident."""
+        dropped = has_score & ~torch.stack(list(rows.values())).all(dim=0)
+        if not bool(dropped.any()):
+            return dropped
+        names = [sample.id for sample, gone in zip(samples, dropped.tolist(), strict=True) if gone]
+        found = ", ".join(name for name, sound in rows.items() if bool((has_score & ~sound).any()))
+        share = len(names) / len(samples)
+        if share > self._context.guard.config.dropped_share:
+            raise RunError(
+                f"iteration {self._iteration + 1}: {len(names)} of {len(samples)} responses have {found} that are not finite (the first is "
+                f"{names[0]}), more than guard.dropped_share; look at the reward, learning_rate and precision (float32 overflows last)"
+            )
+        self._context.guard.tell(
+            "dropped sample", f"{len(names)} of {len(samples)} responses are left out: their {found} are not finite", samples=names
+        )
+        return dropped
 
     def _mismatch(self, logprobs: Tensor, recorded: Tensor, mask: Tensor) -> float:
         """How far the sampler is from the trainer, nats per token; too far is worth a warning."""
@@ -156,9 +192,9 @@ class PPO:
                 yield critic
                 continue
             policy = self._policy_step(minibatch, check=self._context.checks and done == 1, exact=exact)
-            if self._average:
+            if self._average and not policy["guard/skipped_steps"]:
                 self._average.update()
-            yield policy | critic
+            yield policy | critic | {"guard/skipped_steps": policy["guard/skipped_steps"] + critic["guard/skipped_steps"]}
             if limit is not None and policy["policy/kl_to_rollout_nats"] > _EARLY_STOP * limit:
                 self._policy_learner.skip(self._steps - done)
                 self._critic_learner.skip(self._steps - done)
@@ -191,11 +227,14 @@ class PPO:
                 "policy/ratio_mean": float(masked_sum(change.exp(), mask)) / count,
             }
 
-        shares: list[Share] = [partial(loss, part) for part in minibatch.microbatches(config.microbatch_tokens)]
-        if config.ptx and self._pretraining:
-            rows = self._pretraining.take(config.ptx.ratio * len(minibatch))
-            shares += ptx_shares(self._policy, rows, coef=config.ptx.coef, microbatch_tokens=config.microbatch_tokens)
-        return self._policy_learner.step(shares) | {"policy/ratio_max": largest}
+        ptx, stream = config.ptx, self._pretraining
+        text = stream.take(ptx.ratio * len(minibatch)) if ptx and stream else []
+
+        def split(tokens: int) -> list[Share]:
+            shares: list[Share] = [partial(loss, part) for part in minibatch.microbatches(tokens)]
+            return [*shares, *ptx_shares(self._policy, text, coef=ptx.coef, microbatch_tokens=tokens)] if ptx else shares
+
+        return self._policy_learner.step(split) | {"policy/ratio_max": largest}
 
     def _critic_step(self, minibatch: Experience) -> dict[str, float]:
         """One step of the critic; its gradient is clipped by itself."""
@@ -210,7 +249,7 @@ class PPO:
                 metrics["critic/clip_share"] = float(clipped_value_share(*terms, clip=config.clip, tokens_in_minibatch=count))
             return error, metrics
 
-        figures = self._critic_learner.step(partial(loss, part) for part in minibatch.microbatches(config.microbatch_tokens))
+        figures = self._critic_learner.step(lambda tokens: [partial(loss, part) for part in minibatch.microbatches(tokens)])
         return {name.replace("optimizer/", "critic/"): value for name, value in figures.items()}
 
     def _minibatches(self, rows: int) -> Iterator[list[int]]:
@@ -235,11 +274,14 @@ class PPO:
         return {name: part for name, part in parts.items() if part is not None}
 
     def state(self) -> State:
-        """Both learners, the average, the place in the pretraining text, the KL coefficient, and the iteration: permutations follow."""
+        """Both learners, the average, the place in the pretraining text, the KL's coefficient and count, and the iteration: permutations
+        follow from it.
+        """
         states = {name: part.state() for name, part in self._parts().items()}
         tensors = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
         values = {name: dict(state.values) for name, state in states.items()}
-        return State(tensors, {**values, "kl_coef": self._kl_coef, "iteration": self._iteration})
+        beyond = self._leash.beyond if self._leash else 0
+        return State(tensors, {**values, "kl_coef": self._kl_coef, "kl_beyond": beyond, "iteration": self._iteration})
 
     def load_state(self, state: State) -> None:
         """Continue from ``state``."""
@@ -247,6 +289,8 @@ class PPO:
             tensors = {key.removeprefix(f"{name}/"): tensor for key, tensor in state.tensors.items() if key.startswith(f"{name}/")}
             part.load_state(State(tensors, state.values[name]))
         self._kl_coef = state.values["kl_coef"]
+        if self._leash:
+            self._leash.beyond = state.values["kl_beyond"]
         self._iteration = self._policy.version = state.values["iteration"]
 
     def save(self, folder: Path) -> None:
@@ -274,9 +318,12 @@ def _weights(config: CorrectionConfig, logprobs: Tensor, recorded: Tensor, mask:
 
 
 def _over(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the steps; of what is a maximum already, the maximum."""
+    """Each figure's mean over the steps; of what is a maximum already, the maximum; of what is counted, the sum."""
     found = {name: [step[name] for step in steps if name in step] for name in {name: None for step in steps for name in step}}
-    return {name: max(values) if name.endswith("_max") else sum(values) / len(values) for name, values in found.items()}
+    return {
+        name: max(values) if name.endswith("_max") else sum(values) / (1 if name.startswith("guard/") else len(values))
+        for name, values in found.items()
+    }
 
 
 def _mean_parts(scored: ScoredRollout) -> dict[str, float]:

@@ -34,7 +34,8 @@ class RewardModel:
         assert context.plan is not None
         self._config, self._context = config, context
         self._model = context.load_scalar(context.start, True)
-        self._learner = Learner(self._model, config, steps=context.plan.steps, peaks={"head.": config.head_learning_rate})
+        peaks = {"head.": config.head_learning_rate}
+        self._learner = Learner(self._model, config, steps=context.plan.steps, peaks=peaks, guard=context.guard)
         # Both may find that the data is not what they need, which is better known before the training than after it.
         self._groups = labeler_groups(context.rows, config.folds) if config.cross_validate == "labeler" else None
         self._demonstrations = demonstration_rows(config.demonstrations, context, self._model.codec) if config.demonstrations else []
@@ -63,7 +64,7 @@ class RewardModel:
                 "reward/accuracy": float(pair_accuracy(scores, ranks).sum()) / len(useful),
             }
 
-        metrics = self._learner.step(partial(loss, rankings) for rankings in self._microbatches(useful))
+        metrics = self._learner.step(lambda tokens: [partial(loss, rankings) for rankings in self._microbatches(useful, tokens)])
         return {**metrics, "data/tied_rankings": float(len(batch) - len(useful))}
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class RewardModel:
             raise DataError("all held-out rankings are tied or weigh nothing; they cannot tell a good reward model from a bad one")
         loss = 0.0
         scored: list[tuple[RankedRows, Tensor]] = []
-        for rankings in self._microbatches(useful):
+        for rankings in self._microbatches(useful, self._config.microbatch_tokens):
             scores, ranks = self._scores(rankings)
             loss += float(self._loss(rankings, scores, ranks).sum())
             scored += [(ranking, row[: len(ranking.rows)]) for ranking, row in zip(rankings, scores, strict=True)]
@@ -103,10 +104,10 @@ class RewardModel:
         margin = torch.tensor([ranking.margin for ranking in rankings])
         return kwise_loss(scores, ranks, margin=margin, preference=soft, center=self._config.center)
 
-    def _microbatches(self, rankings: Sequence[RankedRows]) -> list[list[RankedRows]]:
+    def _microbatches(self, rankings: Sequence[RankedRows], tokens: int) -> list[list[RankedRows]]:
         lengths = [max(map(len, ranking.rows)) for ranking in rankings]
         sizes = [len(ranking.rows) for ranking in rankings]
-        return [[rankings[i] for i in bucket] for bucket in length_buckets(lengths, self._config.microbatch_tokens, sizes)]
+        return [[rankings[i] for i in bucket] for bucket in length_buckets(lengths, tokens, sizes)]
 
     def state(self) -> State:
         """Weights and moments."""

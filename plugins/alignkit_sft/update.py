@@ -32,7 +32,7 @@ class SFT:
         self._config = config
         self._seed = context.seed
         self._policy = context.load_policy(context.start, True)
-        self._learner = Learner(self._policy.module, config, steps=context.plan.steps)
+        self._learner = Learner(self._policy.module, config, steps=context.plan.steps, guard=context.guard)
         self._dropouts = residual_dropouts(self._policy.module) if config.dropout else []
         self._pretraining = _Share(config.pretrain, context, self._policy.codec, context.plan.rows) if config.pretrain else None
         self._isolation_to_check = context.checks and config.packing
@@ -50,10 +50,9 @@ class SFT:
                 nll = self._nll(part, trained)
             return nll, {"loss/nll_nats": float(nll.detach())}
 
-        parts = self._microbatches(rows)
         if self._isolation_to_check:
             self._check_isolation(rows)
-        metrics = self._learner.step(partial(loss, part) for part in parts)
+        metrics = self._learner.step(lambda tokens: [partial(loss, part) for part in self._microbatches(rows, tokens)])
         self._step += 1
         self._policy.version += 1
         return {**metrics, "data/trained_tokens": float(trained), "data/pretraining_rows": float(len(rows) - len(batch))}
@@ -62,19 +61,19 @@ class SFT:
     def validate(self, batch: Sequence[TokenRow]) -> Metrics:
         """Mean negative log-likelihood per token over all rows, without dropout."""
         trained = _trained_tokens(batch)
-        return {"loss/nll_nats": sum(float(self._nll(part, trained)) for part in self._microbatches(batch))}
+        return {"loss/nll_nats": sum(float(self._nll(part, trained)) for part in self._microbatches(batch, self._config.microbatch_tokens))}
 
     def _nll(self, part: TokenBatch, trained: int) -> Tensor:
         logprobs = self._policy.score_tokens(part).logprobs
         return nll_loss(logprobs, part.loss_mask.to(logprobs.device), tokens_in_step=trained)
 
-    def _microbatches(self, rows: Sequence[TokenRow]) -> list[TokenBatch]:
+    def _microbatches(self, rows: Sequence[TokenRow], tokens: int) -> list[TokenBatch]:
         if not self._config.packing:
-            return [collate([rows[i] for i in some]) for some in length_buckets([len(row) for row in rows], self._config.microbatch_tokens)]
+            return [collate([rows[i] for i in some]) for some in length_buckets([len(row) for row in rows], tokens)]
         # No wider than the longest row needs: attention costs the square of the width.
         bins = best_fit([len(row) for row in rows], max(map(len, rows)))
         lengths = [sum(len(rows[i]) for i in one) for one in bins]
-        buckets = length_buckets(lengths, self._config.microbatch_tokens)
+        buckets = length_buckets(lengths, tokens)
         return [pack([[rows[i] for i in bins[b]] for b in some]) for some in buckets]
 
     def _dropout(self, part: TokenBatch) -> AbstractContextManager[None]:

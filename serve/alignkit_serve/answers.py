@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection
@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from alignkit_serve.admission import Admission, Ticket
 from alignkit_serve.engine import Encoded, EngineError, Finish, Parameters, Piece, PromptError, Token
 from alignkit_serve.errors import ApiError, invalid, too_late, unavailable
+from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Serving
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, StoreError, groups, inferences
@@ -44,7 +45,7 @@ class Choice:
     finished: Finish | None = None
 
     def completion(self) -> Completion:
-        """As it is stored, finished or not."""
+        """As it was drawn, finished or not."""
         return Completion(
             id=self.id,
             inference_id=self.inference_id,
@@ -60,10 +61,26 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is stored of a request: one inference a prompt, and which of its answers are to be compared; empty where nothing is."""
+    """What is stored of a request: one inference a prompt, and which of its answers are to be compared; empty where nothing is.
+
+    ``redact``: what becomes of the answers' texts; ``redacted``: the inferences whose prompts were changed by it.
+    """
 
     inferences: tuple[Inference, ...] = ()
     groups: tuple[Group, ...] = ()
+    redact: Redact = unchanged
+    redacted: frozenset[str] = frozenset()
+
+    def kept(self, drawn: Completion) -> Completion:
+        """A completion as it is stored."""
+        text = self.redact(drawn.text)
+        if text != drawn.text:
+            # The ids of its tokens would tell what it was.
+            return replace(drawn, text=text, token_ids=(), raw_logprobs=None, behaviour_logprobs=None)
+        if drawn.inference_id in self.redacted:
+            # They are those of an answer to another prompt than the one that is stored, and nobody would know who trains on them.
+            return replace(drawn, raw_logprobs=None, behaviour_logprobs=None)
+        return drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,25 +189,31 @@ class Answers:
 
     def _begin(self, connection: Connection) -> None:
         for asked in self._record.inferences:
-            inferences.begin(connection, asked)
+            inferences.begin(connection, asked, redacted=asked.id in self._record.redacted)
 
     async def _store_answers(self, status: Status) -> None:
         if not self._record.inferences:
             return
 
+        record = self._record
+        drawn = [choice.completion() for choice in self.choices]
+        kept = [record.kept(each) for each in drawn]
+        redacted = {one.inference_id for one, other in zip(drawn, kept, strict=True) if one.text != other.text}
+
         def finish(connection: Connection) -> None:
-            for inference in self._record.inferences:
+            for inference in record.inferences:
                 mine = [choice for choice in self.choices if choice.inference_id == inference.id]
                 inferences.finish(
                     connection,
                     inference.id,
-                    [choice.completion() for choice in mine],
+                    [each for each in kept if each.inference_id == inference.id],
                     status=status,
                     prompt_tokens=mine[0].prompt.tokens or 0,
                     completion_tokens=sum(len(choice.drawn) for choice in mine),
+                    redacted=inference.id in redacted,
                 )
             if status == "done":
-                for group in self._record.groups:
+                for group in record.groups:
                     groups.add_group(connection, group)
 
         await self._written(finish)

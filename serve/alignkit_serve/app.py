@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -17,20 +18,50 @@ from alignkit_serve.auth import Keys, scopes_of
 from alignkit_serve.desk import Desk
 from alignkit_serve.envelope import Envelope
 from alignkit_serve.errors import ApiError, problems, unavailable
-from alignkit_serve.routes import admin, completions, feedback, health, models, pages, stored
+from alignkit_serve.routes import (
+    admin,
+    agreement,
+    completions,
+    exports,
+    feedback,
+    health,
+    label,
+    label_admin,
+    lineage,
+    models,
+    pages,
+    rounds,
+    stored,
+    tasks,
+)
 from alignkit_serve.service import Service
 from alignkit_serve.store import StoreError, StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
 
-ROUTERS = (feedback.router, completions.router, stored.router, models.router, admin.router, health.router, pages.router)
+ROUTERS = (
+    feedback.router,
+    completions.router,
+    stored.router,
+    models.router,
+    admin.router,
+    health.router,
+    pages.router,
+    tasks.router,
+    agreement.router,
+    label.router,
+    label_admin.router,
+    exports.router,
+    rounds.router,
+    lineage.router,
+)
 """Every route that there is."""
 
 
-def create_app(service: Service, keys: Keys) -> FastAPI:
-    """The application around a service. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
+def create_app(service: Service, keys: Keys, *, exports_to: Path) -> FastAPI:
+    """The application around a service, which writes exports to a folder. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
     app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.service, app.state.keys = service, keys
+    app.state.service, app.state.keys, app.state.exports = service, keys, exports_to
     app.state.figures = figures = CollectorRegistry()
     app.state.desk = Desk(service.store, figures, per_target_rpm=service.limits.feedback_per_target_rpm)
     scopes_of(ROUTERS)
@@ -43,6 +74,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     app.add_middleware(
         cast(Any, Envelope),
         body_bytes=service.limits.body_bytes,
+        larger={"/v1/feedback:batch": service.limits.batch_bytes},
         requests=Counter("alignkit_requests", "requests by method, route and status", ["method", "route", "status"], registry=figures),
         seconds=Histogram("alignkit_request_seconds", "until the last byte was sent", ["route"], registry=figures),
     )

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from sqlalchemy import Connection
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from alignkit_serve import passes
+from alignkit_serve import browsers, passes
 from alignkit_serve.errors import ApiError
 from alignkit_serve.passes import Pass
-from alignkit_serve.store import Store, StoreError, keys, secrets
+from alignkit_serve.store import Store, StoreError, keys, secrets, sessions
 from alignkit_serve.store.annotators import Author
 from alignkit_serve.store.keys import SCOPES, KeyRecord
 
@@ -62,7 +63,7 @@ class Keys:
         self._store = store
         self.required = required
         self._known: dict[str, tuple[float, KeyRecord]] = {}
-        self._secret: bytes | None = None
+        self._secrets: dict[str, bytes] = {}
 
     async def caller(self, request: Request, scopes: Sequence[str], *, tokens: bool) -> Caller:
         """Who sent the request; one of the ``scopes`` is enough, and ``tokens`` may do here what they can.
@@ -80,27 +81,68 @@ class Keys:
             message = "there is no API key in force in the header Authorization: Bearer ...; `alignkit keys create` makes one"
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         if not any(scope in key.scopes for scope in scopes):
-            message = f"this key may do: {', '.join(key.scopes)}; here the scope {' or '.join(map(repr, scopes))} is needed"
-            raise ApiError(403, "insufficient_scope", message)
+            raise _barred(key, scopes)
         return Caller(key)
+
+    async def visitor(self, request: Request, scopes: Sequence[str]) -> Caller:
+        """Who sits at the browser that sent the request: whoever signed in there, or else ``caller``.
+
+        Raises ``ApiError`` as that does, and 303 to where one signs in for those who want a page.
+        """
+        key = await self._of_session(request) if self.required and "authorization" not in request.headers else None
+        if key is None:
+            try:
+                return await self.caller(request, scopes, tokens=False)
+            except ApiError as error:
+                if error.status_code != 401 or not browsers.wants_page(request):
+                    raise
+                raise ApiError(303, "sign_in", "sign in first", headers={"Location": browsers.SIGN_IN}) from error
+        if not any(scope in key.scopes for scope in scopes):
+            raise _barred(key, scopes)
+        return Caller(key)
+
+    async def sign_in(self, request: Request, response: Response, text: str, scopes: Sequence[str]) -> KeyRecord:
+        """Begin a session of the key with that text, and put it into the response. Raises ``ApiError`` 400, 401 and 403."""
+        key = await self._find(text)
+        if key is None:
+            raise ApiError(401, "invalid_api_key", "there is no such key, or it is not in force")
+        if not any(scope in key.scopes for scope in scopes):
+            raise _barred(key, scopes)
+        session = await self._store.awrite(lambda connection: sessions.begin(connection, key.id, datetime.now(UTC)))
+        browsers.remember(request, response, session, await self._signing(browsers.SECRET))
+        return key
+
+    async def sign_out(self, request: Request, response: Response) -> None:
+        """End the session of a browser, if it has one."""
+        id = browsers.session_id(request, await self._signing(browsers.SECRET))
+        if id is not None:
+            await self._store.awrite(lambda connection: sessions.end(connection, id))
+        browsers.forget(request, response)
 
     async def token(self, caller: Caller, inference_id: str, subject: str, seconds: int) -> tuple[str, int]:
         """A token for the answers of one inference, and when it is over (seconds since 1970)."""
         expires = int(time.time()) + seconds
-        return Pass(inference_id, subject, caller.key.id if caller.key else None, expires).text(await self._signing()), expires
+        return Pass(inference_id, subject, caller.key.id if caller.key else None, expires).text(await self._signing(passes.SECRET)), expires
 
     async def _bearer(self, text: str) -> Caller:
-        token = passes.read(text, await self._signing())
+        token = passes.read(text, await self._signing(passes.SECRET))
         key = await self._of_id(token.api_key_id) if token and token.api_key_id else None
         if token is None or (key is None and (token.api_key_id is not None or self.required)):
             message = "this feedback token is not in force; ask the application that gave it for another"
             raise ApiError(401, "invalid_token", message, headers={"WWW-Authenticate": "Bearer"})
         return Caller(key, token)
 
-    async def _signing(self) -> bytes:
-        if self._secret is None:
-            self._secret = await self._store.awrite(lambda connection: secrets.secret(connection, passes.SECRET))
-        return self._secret
+    async def _of_session(self, request: Request) -> KeyRecord | None:
+        id = browsers.session_id(request, await self._signing(browsers.SECRET))
+        if id is None:
+            return None
+        session = await self._store.aread(lambda connection: sessions.find(connection, id, datetime.now(UTC)))
+        return await self._of_id(session.api_key_id) if session else None
+
+    async def _signing(self, name: str) -> bytes:
+        if name not in self._secrets:
+            self._secrets[name] = await self._store.awrite(lambda connection: secrets.secret(connection, name))
+        return self._secrets[name]
 
     async def _of_id(self, id: str) -> KeyRecord | None:
         return await self._remembered(id, lambda connection: keys.in_force(connection, id))
@@ -138,6 +180,23 @@ def _needs(*scopes: str, tokens: bool = False) -> Callable[[Request], Awaitable[
     return caller
 
 
+def _visits(*scopes: str) -> Callable[[Request], Awaitable[Caller]]:
+    """The dependency of a page for those who signed in with a key of one of ``scopes``. Its routes are of the class ``PageRoute``."""
+    assert set(scopes) <= set(SCOPES)
+
+    async def visitor(request: Request) -> Caller:
+        found: Keys = request.app.state.keys
+        return await found.visitor(request, scopes)
+
+    _SCOPES[visitor] = scopes[0]
+    return visitor
+
+
+def _barred(key: KeyRecord, scopes: Sequence[str]) -> ApiError:
+    message = f"this key may do: {', '.join(key.scopes)}; here the scope {' or '.join(map(repr, scopes))} is needed"
+    return ApiError(403, "insufficient_scope", message)
+
+
 def anyone() -> None:
     """The dependency of a route that needs no scope, because it shows nothing that is anybody's."""
 
@@ -149,7 +208,10 @@ Infer = Annotated[Caller, Depends(_needs("infer"))]
 Judge = Annotated[Caller, Depends(_needs("feedback:write", tokens=True))]
 Reader = Annotated[Caller, Depends(_needs("feedback:read", tokens=True))]
 Giver = Annotated[Caller, Depends(_needs("infer", "feedback:write"))]
+Exporter = Annotated[Caller, Depends(_needs("export"))]
 Admin = Annotated[Caller, Depends(_needs("admin"))]
+Labeller = Annotated[Caller, Depends(_visits("label"))]
+Overseer = Annotated[Caller, Depends(_visits("admin"))]
 Anyone = Annotated[None, Depends(anyone)]
 """What a route's signature names: who calls, with the scope that they need."""
 

@@ -56,9 +56,10 @@ class Client:
         """The ids of the exports of those names, in all their shapes and splits."""
         return [one["id"] for one in self._ask("GET", "/v1/exports")["data"] if one["name"] in names]
 
-    def agreement(self) -> dict[str, Any]:
-        """How far the people who label agree."""
-        return self._ask("GET", "/v1/label/agreement")
+    def agreement(self) -> dict[str, Any] | None:
+        """How far the people who label agree; None where they judged too little."""
+        found: dict[str, Any] | None = self._ask("GET", "/v1/label/agreement")["agreement"]
+        return found
 
     def rollback(self) -> dict[str, Any]:
         """Back to the one before."""

@@ -69,6 +69,13 @@ def audit_command() -> click.Command:
     type=click.Path(path_type=Path, file_okay=False),
     help="The folder that policies may be promoted from (RUN_OR_POLICY's own).",
 )
+@click.option(
+    "--exports",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="exports",
+    show_default=True,
+    help="The folder that exports are written to.",
+)
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Answers that grow at once.")
 @click.option("--queue", type=click.IntRange(min=1), default=128, show_default=True, help="Answers let in, growing or waiting.")
 @click.option(
@@ -77,6 +84,7 @@ def audit_command() -> click.Command:
 @click.option(
     "--upstream", metavar="URL", help="Forward to this OpenAI-compatible server instead; RUN_OR_POLICY is the model's name there."
 )
+@click.option("--redact", is_flag=True, help="Store no e-mail addresses, phone, account and card numbers, and IP addresses.")
 def serve(
     policy: Path,
     host: str,
@@ -84,10 +92,12 @@ def serve(
     store: str,
     no_auth: bool,
     models: Path | None,
+    exports: Path,
     rows: int,
     queue: int,
     drain: float,
     upstream: str | None,
+    redact: bool,
 ) -> None:
     """Serve a policy behind an OpenAI-compatible API.
 
@@ -98,6 +108,7 @@ def serve(
     wait_briefly()
     from alignkit_serve import server
     from alignkit_serve.artifact import locate
+    from alignkit_serve.redaction import redacted, unchanged
     from alignkit_serve.settings import Limits
 
     limits = Limits(rows=rows, queued_requests=queue, drain_seconds=drain)
@@ -112,7 +123,17 @@ def serve(
         return await loading.load_policy(path, max_rows=rows)
 
     folder = models or (Path.cwd() if upstream else policy.resolve().parent)
-    settings = server.Settings(policy=policy, host=host, port=port, store=store, auth=not no_auth, models=folder, limits=limits)
+    settings = server.Settings(
+        policy=policy,
+        host=host,
+        port=port,
+        store=store,
+        auth=not no_auth,
+        models=folder,
+        exports=exports,
+        limits=limits,
+        redact=redacted if redact else unchanged,
+    )
     server.serve(settings, load)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.api import Codec, ModelError, Policy, PolicySpec, setting
+from alignkit.api import Codec, DatabaseUrl, ModelError, Policy, PolicySpec, setting
 from alignkit.models.config import Precision, TuningConfig
 
 
@@ -14,7 +14,7 @@ from alignkit.models.config import Precision, TuningConfig
 class LiveConfig:
     """The policy that is live when the run begins; later changes of the server's do not concern it."""
 
-    store: str = setting("sqlite:///alignkit.db", "where the server keeps everything: sqlite:///FILE, or postgresql://...")
+    store: DatabaseUrl = setting(doc="the server's store: sqlite:///FILE, or postgresql://HOST/NAME with the password in ~/.pgpass")
     tuning: TuningConfig = setting(TuningConfig(), "which weights are trained")
     precision: Precision = setting("auto", "of the arithmetic; masters are always float32. auto: bfloat16 where it is found to be faster")
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
@@ -21,6 +21,8 @@ from alignkit_serve.engine import Engine
 from alignkit_serve.errors import ApiError, unavailable
 from alignkit_serve.store import Store, audit, policies
 from alignkit_serve.store.policies import PolicyVersion
+
+T = TypeVar("T")
 
 LIVE = "live"
 """The name under which whatever is live can be asked for."""
@@ -102,20 +104,37 @@ class Roster:
 
     async def promote(self, id: str, actor: str) -> PolicyVersion:
         """Let a warm version answer from now on; the one that did finishes what it began. Raises ``StoreError``, or ``ApiError`` 404."""
+        version, _ = await self.promote_with(id, actor, lambda connection: None)
+        return version
+
+    async def promote_with(self, id: str, actor: str, also: Callable[[Connection], T]) -> tuple[PolicyVersion, T]:
+        """``promote``, and ``also`` in the same transaction, so that neither is done without the other; what both return."""
         async with self._changing:
             serving = self._named(id)
-            before = self._live
-            if serving.version.id == before:
-                return serving.version
-            version = serving.version
-            await self._store.awrite(lambda connection: _promoted(connection, version.id, before, actor))
+            version, before = serving.version, self._live
+
+            def write(connection: Connection) -> T:
+                if version.id != before:
+                    _promoted(connection, version.id, before, actor)
+                return also(connection)
+
+            done = await self._store.awrite(write)
+            if version.id == before:
+                return version, done
             self._live = version.id
             serving.version = replace(version, state="live")
             if before:
                 old = self._loaded[before]
                 old.version = replace(old.version, state="draining")
                 self._retire_if_idle(old)
-            return serving.version
+            return serving.version, done
+
+    def dismiss(self, id: str) -> None:
+        """Let go of a warm version that is not to answer, once it has finished what it began; any other is left as it is."""
+        serving = self._loaded.get(id)
+        if serving is not None and serving.version.state == "warm":
+            serving.version = replace(serving.version, state="draining")
+            self._retire_if_idle(serving)
 
     async def rollback(self, actor: str) -> PolicyVersion:
         """Put the version that was live before back in its place, through the same gates. Raises ``AlignkitError`` where there is none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import os
 import socket
@@ -21,10 +20,13 @@ from fastapi import FastAPI
 from alignkit.api import AlignkitError
 from alignkit_serve.app import create_app
 from alignkit_serve.auth import Keys
+from alignkit_serve.browsers import is_loopback
+from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Load, Roster
 from alignkit_serve.service import Service
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, inferences, keys, secrets
+from alignkit_serve.store.annotators import END_USERS
 
 
 class ServeError(AlignkitError):
@@ -33,7 +35,10 @@ class ServeError(AlignkitError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What ``alignkit serve`` was told. ``models``: the folder that policies may be taken from while it runs."""
+    """What ``alignkit serve`` was told. ``models``: the folder that policies may be taken from while it runs.
+
+    ``redact``: what becomes of texts before they are stored.
+    """
 
     policy: Path
     host: str
@@ -42,6 +47,8 @@ class Settings:
     auth: bool
     models: Path
     limits: Limits
+    exports: Path = Path("exports")
+    redact: Redact = unchanged
 
 
 def serve(settings: Settings, load: Load) -> None:
@@ -59,7 +66,7 @@ def serve(settings: Settings, load: Load) -> None:
 
 async def _serve(settings: Settings, store: Store, load: Load, listening: socket.socket) -> None:
     async with opened(settings, store, load) as (service, policy):
-        app = create_app(service, Keys(store, required=settings.auth))
+        app = create_app(service, Keys(store, required=settings.auth), exports_to=settings.exports)
         await _Server(configuration(app, settings.limits), service, _greeting(settings, policy)).serve(sockets=[listening])
 
 
@@ -78,7 +85,7 @@ def configuration(app: FastAPI, limits: Limits) -> uvicorn.Config:
 
 def check_exposure(settings: Settings, *, has_keys: bool) -> None:
     """Whether the address may be listened on. Raises ``ServeError``: beyond this machine only holders of keys may ask."""
-    if _is_loopback(settings.host):
+    if is_loopback(settings.host):
         return
     if not settings.auth:
         raise ServeError(f"--no-auth with --host {settings.host} would let anyone on the network ask; allowed with --host 127.0.0.1 alone")
@@ -103,8 +110,8 @@ async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[
     if swept:
         click.echo(f"{swept} answers were in progress when the last server died; they are marked as aborted")
     roster = Roster(store, load, settings.models)
-    secret = await store.awrite(lambda connection: secrets.secret(connection, "end-users"))
-    service = Service(store, roster, settings.limits, secret)
+    secret = await store.awrite(lambda connection: secrets.secret(connection, END_USERS))
+    service = Service(store, roster, settings.limits, secret, settings.redact)
     try:
         policy = await roster.open(settings.policy)
         yield service, policy
@@ -154,15 +161,6 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         await self._service.drain()
         self.should_exit = True
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bound(host: str, port: int) -> socket.socket:

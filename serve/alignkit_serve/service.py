@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import random
 import secrets
 from collections.abc import Mapping, Sequence
@@ -18,16 +16,20 @@ from alignkit_serve.admission import Admission
 from alignkit_serve.answers import Answers, Choice, Record
 from alignkit_serve.engine import Capabilities, Encoded, Parameters, PromptError
 from alignkit_serve.errors import ApiError, invalid, unavailable, unsupported
+from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Roster, Serving
 from alignkit_serve.schemas import ChatRequest, CompletionRequest, Sampled
 from alignkit_serve.settings import Limits
-from alignkit_serve.store import Store, new_id
+from alignkit_serve.store import Store, annotators, new_id
 from alignkit_serve.store.feedback import UNSTORED
 from alignkit_serve.store.groups import Group, Origin
 from alignkit_serve.store.inferences import Inference, prompt_sha256
 from alignkit_serve.store.keys import KeyRecord
 
 _SEED_BITS = 31
+
+Turns = list[dict[str, str]]
+"""A prompt as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,11 @@ class Asked:
 class Service:
     """All that a running server has: the store, the roster, who is in, and what is in progress.
 
-    ``secret``: under which the names of end users are hashed before they are stored.
+    ``secret``: under which the names of end users are hashed before they are stored. ``redact``: what becomes of texts before they are.
     """
 
-    def __init__(self, store: Store, roster: Roster, limits: Limits, secret: bytes) -> None:
-        self.store, self.roster, self.limits = store, roster, limits
+    def __init__(self, store: Store, roster: Roster, limits: Limits, secret: bytes, redact: Redact = unchanged) -> None:
+        self.store, self.roster, self.limits, self.redact = store, roster, limits, redact
         self.admission = Admission(limits)
         self.answers: set[Answers] = set()
         self._secret = secret
@@ -71,7 +73,8 @@ class Service:
             count = len(servings) if len(servings) > 1 else request.n or 1
             tokens = sum(encoded.tokens or 0 for per_prompt in prompts for encoded in per_prompt)
             ticket = until_over.enter_context(self.admission.admitted(asked.key, count * len(prompts), tokens))
-            choices, record = self._prepared(asked, servings, prompts, count)
+            kept = await asyncio.to_thread(self._kept, asked)
+            choices, record = self._prepared(asked, servings, prompts, kept, count)
             answers = Answers(choices, record, self.store, self.admission, ticket, self.limits)
             taken = until_over.pop_all()
 
@@ -149,12 +152,23 @@ class Service:
             raise invalid(f"{message}{asks}", param, "context_length_exceeded")
         return encoded
 
+    def _kept(self, asked: Asked) -> list[tuple[Turns, bool]]:
+        """The prompts as they are stored, and whether that is not quite what was sent; none where nothing is."""
+        sent = [_as_stored(prompt) for prompt in asked.prompts] if asked.store else []
+        kept = [[{**message, "content": self.redact(message["content"])} for message in turns] for turns in sent]
+        return [(turns, turns != before) for turns, before in zip(kept, sent, strict=True)]
+
     def _prepared(
-        self, asked: Asked, servings: Sequence[Serving], prompts: Sequence[Sequence[Encoded]], count: int
+        self,
+        asked: Asked,
+        servings: Sequence[Serving],
+        prompts: Sequence[Sequence[Encoded]],
+        kept_prompts: Sequence[tuple[Turns, bool]],
+        count: int,
     ) -> tuple[list[Choice], Record]:
         request, extras = asked.request, asked.request.alignkit
         seed = request.seed if request.seed is not None else secrets.randbits(_SEED_BITS)
-        choices, stored, groups = [], [], []
+        choices, stored, groups, redacted = [], [], [], set()
         for number, encoded in enumerate(prompts):
             kept = "" if asked.store else UNSTORED
             id = new_id(f"chatcmpl-{kept}" if asked.endpoint == "chat" else f"cmpl-{kept}")
@@ -181,11 +195,14 @@ class Service:
                 )
             choices += mine
             if asked.store:
-                inference = self._inference(asked, id, seed, asked.prompts[number], servings[0])
+                messages, changed = kept_prompts[number]
+                inference = self._inference(asked, id, seed, messages, servings[0])
                 stored.append(inference)
+                if changed:
+                    redacted.add(id)
                 if count > 1:
                     groups.append(_group(inference, mine, extras.ab, seed, order))
-        return choices, Record(tuple(stored), tuple(groups))
+        return choices, Record(tuple(stored), tuple(groups), self.redact, frozenset(redacted))
 
     def _parameters(self, asked: Asked, noise: tuple[int, int]) -> Parameters:
         request = asked.request
@@ -202,7 +219,7 @@ class Service:
             noise=noise,
         )
 
-    def _inference(self, asked: Asked, id: str, seed: int, prompt: Prompt, serving: Serving) -> Inference:
+    def _inference(self, asked: Asked, id: str, seed: int, messages: Turns, serving: Serving) -> Inference:
         request, extras = asked.request, asked.request.alignkit
         parameters = self._parameters(asked, (seed, 0))
         return Inference(
@@ -213,7 +230,7 @@ class Service:
             api_key_id=asked.key.id if asked.key else None,
             episode_id=extras.episode_id,
             end_user_hmac=None if request.user is None else self.end_user(request.user),
-            messages=(messages := _as_stored(prompt)),
+            messages=messages,
             prompt_sha256=prompt_sha256(messages),
             params=_sampling(parameters, request.n or 1),
             metadata=asked.metadata,
@@ -227,7 +244,7 @@ class Service:
 
     def end_user(self, user: str) -> str:
         """The hash under which an end user is known here, by the name that their application has for them."""
-        return hmac.new(self._secret, user.encode(errors="replace"), hashlib.sha256).hexdigest()
+        return annotators.end_user(self._secret, user)
 
 
 def chat(request: ChatRequest, request_id: str, key: KeyRecord | None) -> Asked:
@@ -264,7 +281,7 @@ def continuation(request: CompletionRequest, request_id: str, key: KeyRecord | N
     )
 
 
-def _as_stored(prompt: Prompt) -> list[dict[str, str]]:
+def _as_stored(prompt: Prompt) -> Turns:
     messages: Sequence[Message] = prompt.messages
     return [{"role": "prompt" if prompt.plain else message.role, "content": message.content} for message in messages]
 

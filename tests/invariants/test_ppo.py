@@ -421,8 +421,8 @@ def test_i_ppo_8_two_halves_with_the_counts_of_the_whole_are_one_step(architectu
             return clipped_value_loss(values, part.old_values, part.returns, part.mask, clip=None, tokens_in_minibatch=count), {}
 
         given_in = list(zip(parts, denominators, strict=True))
-        fresh._policy_learner.step([lambda p=p, n=n: policy(p, n) for p, n in given_in])
-        fresh._critic_learner.step([lambda p=p, n=n: critic(p, n) for p, n in given_in])
+        fresh._policy_learner.step(lambda tokens: [lambda p=p, n=n: policy(p, n) for p, n in given_in])
+        fresh._critic_learner.step(lambda tokens: [lambda p=p, n=n: critic(p, n) for p, n in given_in])
         return [first_gradient(fresh.state(), learner) for learner in ("policy/", "critic/")]
 
     everything = sum(counts)

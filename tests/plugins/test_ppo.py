@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -13,7 +13,7 @@ from alignkit.context import Context
 from alignkit.data.sources import FileConfig
 from alignkit.errors import RunError, SettingError
 from alignkit.interfaces import ScoredRollout
-from alignkit.learner import Share
+from alignkit.learner import Split
 from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.rollout import LocalEngine
 from alignkit.settings import Component
@@ -112,8 +112,8 @@ def policy_gradients(ppo: PPO, batch: ScoredRollout, monkeypatch: pytest.MonkeyP
     """The gradient that one step over the whole rollout is taken with, before clipping."""
     experience, _ = ppo._prepare(batch)
 
-    def backward_only(shares: Iterable[Share]) -> dict[str, float]:
-        for share in shares:
+    def backward_only(split: Split) -> dict[str, float]:
+        for share in split(SMALL.microbatch_tokens):
             share()[0].backward()
         return {}
 

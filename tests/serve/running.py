@@ -21,6 +21,7 @@ from alignkit_serve import server
 from alignkit_serve.app import create_app
 from alignkit_serve.auth import Keys
 from alignkit_serve.loading import load_policy
+from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Load
 from alignkit_serve.service import Service
 from alignkit_serve.settings import Limits
@@ -73,7 +74,14 @@ class Running:
 
 @contextmanager
 def running(
-    policy: Path, store: str, *, limits: Limits | None = None, auth: bool = True, models: Path | None = None, load: Load | None = None
+    policy: Path,
+    store: str,
+    *,
+    limits: Limits | None = None,
+    auth: bool = True,
+    models: Path | None = None,
+    load: Load | None = None,
+    redact: Redact = unchanged,
 ) -> Iterator[Running]:
     """Within, a server of ``policy``."""
     limits = limits or Limits()
@@ -82,14 +90,22 @@ def running(
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     settings = server.Settings(
-        policy=policy, host="127.0.0.1", port=port, store=store, auth=auth, models=models or policy.parent, limits=limits
+        policy=policy,
+        host="127.0.0.1",
+        port=port,
+        store=store,
+        auth=auth,
+        models=models or policy.parent,
+        exports=policy.parent / "exports",
+        limits=limits,
+        redact=redact,
     )
     with Store.open(store) as opened:
         begun: list[tuple[Any, uvicorn.Server, asyncio.AbstractEventLoop]] = []
 
         async def serve() -> None:
             async with server.opened(settings, opened, load or partial(load_policy, max_rows=limits.rows)) as (service, _):
-                app = create_app(service, Keys(opened, required=auth))
+                app = create_app(service, Keys(opened, required=auth), exports_to=settings.exports)
                 own = uvicorn.Server(server.configuration(app, limits))
                 begun.append((app, own, asyncio.get_running_loop()))
                 await own.serve(sockets=[listening])

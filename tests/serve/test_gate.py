@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.api import Component, ModelError, PolicyStage, RunError, SettingError, StageName
+from alignkit.api import Component, DatabaseUrl, ModelError, PolicyStage, RunError, SettingError, StageName
 from alignkit_lexicon.toxicity import ToxicityConfig
 from alignkit_serve.gate import GateConfig
 from alignkit_serve.gate_keeper import check_live, exports_of, first_policy, git_sha, refusals
@@ -86,7 +86,7 @@ def test_outside_of_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch:
 
 
 def test_a_round_begins_with_the_live_policy(database_url: str, tmp_path: Path) -> None:
-    config = LiveConfig(store=database_url)
+    config = LiveConfig(store=DatabaseUrl(database_url))
     with pytest.raises(ModelError, match=r"no policy is live in .*; serve one \(alignkit serve RUN\)"):
         LIVE_POLICY.prepare(config, tmp_path)
     with Store.open(database_url) as store:

@@ -1,4 +1,4 @@
-"""The chat page: hand-written files that a browser runs as they are, with nothing to build and nothing to fetch from elsewhere."""
+"""The pages: hand-written files that a browser runs as they are, with nothing to build and nothing to fetch from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from importlib.resources import files
 
 PAGES = {
     "chat.html": "text/html; charset=utf-8",
+    "theme.css": "text/css; charset=utf-8",
     "chat.css": "text/css; charset=utf-8",
+    "label.css": "text/css; charset=utf-8",
+    "admin.css": "text/css; charset=utf-8",
     "chat.js": "text/javascript; charset=utf-8",
+    "label.js": "text/javascript; charset=utf-8",
 }
 """Every file there is, with its media type. ``chat.html`` asks for the others below ``/assets/``."""
 

@@ -16,6 +16,7 @@ from alignkit_serve.auth import Admin, Caller, Giver, Judge, Keys, Reader
 from alignkit_serve.desk import Desk, refusal
 from alignkit_serve.errors import ApiError, problems
 from alignkit_serve.judgements import KINDS, Batch, IdempotencyKey, Judgement, MetricDefinition, Revision, TokenRequest, opinion
+from alignkit_serve.redaction import kept_of
 from alignkit_serve.routes.serving import serving
 from alignkit_serve.store import feedback, inferences, metrics, new_id
 from alignkit_serve.store.feedback import Feedback, Kind, Opinion, Outcome, Refused, State
@@ -51,7 +52,7 @@ _ITEMS_KEY: TypeAdapter[str] = TypeAdapter(IdempotencyKey)
 @router.post("", status_code=201)
 async def add(request: Request, body: Judgement, caller: Judge, key: Key = None) -> Response:
     """Say something of an answer; under the same ``Idempotency-Key`` it is said once, however often it is sent."""
-    said = opinion(body, caller.author, caller.within, key)
+    said = kept_of(opinion(body, caller.author, caller.within, key), serving(request).redact)
     _admit(request, caller, said)
     (outcome,) = await _desk(request).add([said])
     return _answer(outcome)
@@ -146,7 +147,7 @@ async def retrieve(request: Request, id: str, caller: Reader) -> dict[str, Any]:
 async def revise(request: Request, id: str, body: Revision, caller: Judge, key: Key = None) -> Response:
     """Say something else instead; what was said before is kept, as superseded."""
     # Its target is that of what it supersedes, and known only there.
-    said = opinion(body, caller.author, caller.within, key, target_type="completion", target_id=id)
+    said = kept_of(opinion(body, caller.author, caller.within, key, target_type="completion", target_id=id), serving(request).redact)
     _admit(request, caller, said)
     outcome = await serving(request).store.awrite(lambda connection: feedback.revise(connection, id, said, every=caller.sees_all))
     _desk(request).count(said.kind, outcome)
@@ -190,7 +191,7 @@ def _read(request: Request, caller: Caller, item: Mapping[str, Any]) -> Opinion 
         found = ApiError(400, "invalid_request", message, param="idempotency_key")
     else:
         try:
-            one = opinion(_ITEM.validate_python(said, strict=True), caller.author, caller.within, key)
+            one = kept_of(opinion(_ITEM.validate_python(said, strict=True), caller.author, caller.within, key), serving(request).redact)
             _desk(request).meter(one.target_id)
         except ValidationError as error:
             message, param = problems([_untagged({**each, "loc": ("body", *each["loc"])}) for each in error.errors()])

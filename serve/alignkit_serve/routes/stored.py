@@ -10,7 +10,7 @@ from alignkit_serve.auth import Caller, Infer
 from alignkit_serve.errors import ApiError
 from alignkit_serve.routes.serving import serving
 from alignkit_serve.schemas import MetadataUpdate
-from alignkit_serve.store import inferences
+from alignkit_serve.store import erasure, inferences
 from alignkit_serve.store.inferences import StoredInference
 from alignkit_serve.wire import fingerprint
 
@@ -76,9 +76,11 @@ async def update(request: Request, id: str, body: MetadataUpdate, caller: Infer)
 
 @router.delete("/{id}")
 async def delete(request: Request, id: str, caller: Infer) -> dict[str, Any]:
-    """Erase a stored completion's words; that there was one stays known."""
+    """Erase a stored completion's words, and what was said of it; that there was one stays known."""
     await _found(request, id, caller)
-    deleted = await serving(request).store.awrite(lambda connection: inferences.delete(connection, id, api_key_id=_own(caller)))
+    deleted = await serving(request).store.awrite(
+        lambda connection: erasure.delete_inference(connection, id, caller.name, api_key_id=_own(caller))
+    )
     if not deleted:
         raise _missing(id)
     return {"object": "chat.completion.deleted", "id": id, "deleted": True}

@@ -19,6 +19,9 @@ from alignkit_serve.store.tables import annotator, api_key, fields_of
 
 Kind = Literal["expert", "end_user", "model"]
 
+END_USERS = "end-users"
+"""The name of the secret under which the names of end users are hashed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Author:
@@ -65,6 +68,11 @@ def of(connection: Connection, author: Author) -> Annotator:
     if keys_own:
         connection.execute(update(api_key).where(api_key.c.id == author.api_key_id).values(annotator_id=made.id))
     return made
+
+
+def end_user(secret: bytes, name: str) -> str:
+    """The hash under which an end user is known, by the name that their application has for them."""
+    return hmac.new(secret, name.encode(errors="replace"), hashlib.sha256).hexdigest()
 
 
 _ANYONE = "anyone"

@@ -26,7 +26,7 @@ class Inference:
     """
 
     id: str
-    endpoint: Literal["chat", "completions"]
+    endpoint: Literal["chat", "completions", "import"]
     model: str
     request_id: str
     api_key_id: str | None = None
@@ -87,9 +87,9 @@ def prompt_sha256(messages: Sequence[Mapping[str, str]]) -> str:
     return hashlib.sha256(json_text(plain(messages)).encode()).hexdigest()
 
 
-def begin(connection: Connection, asked: Inference) -> None:
-    """Add an inference that is running from now on."""
-    connection.execute(insert(inference), {**fields_of(asked), "status": "running", "redaction": "none"})
+def begin(connection: Connection, asked: Inference, *, redacted: bool = False) -> None:
+    """Add an inference that is running from now on. ``redacted``: its messages are not quite what was sent."""
+    connection.execute(insert(inference), {**fields_of(asked), "status": "running", "redaction": "applied" if redacted else "none"})
 
 
 def finish(
@@ -100,10 +100,15 @@ def finish(
     status: Ending,
     prompt_tokens: int,
     completion_tokens: int,
+    redacted: bool = False,
 ) -> None:
-    """End a running inference, with as many completions as there are. Raises ``StoreError`` for one that is not running."""
+    """End a running inference, with as many completions as there are. Raises ``StoreError`` for one that is not running.
+
+    ``redacted``: a completion's text is not quite what was answered.
+    """
     running = (inference.c.id == inference_id, inference.c.status == "running")
-    values = {"status": status, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "finished_at": datetime.now(UTC)}
+    counted = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "finished_at": datetime.now(UTC)}
+    values = {"status": status, **counted, **({"redaction": "applied"} if redacted else {})}
     if connection.execute(update(inference).where(*running).values(values)).rowcount == 0:
         raise StoreError(f"inference {inference_id!r} is not running, and only a running one can be finished")
     if completions:
@@ -158,15 +163,28 @@ def set_metadata(connection: Connection, id: str, metadata: Mapping[str, str], *
 def delete(connection: Connection, id: str, *, api_key_id: str | None = None) -> bool:
     """Erase what was said, by the client and by the model; the row stays, for what refers to it.
 
-    False if ``get`` would not find it, and as long as it is running.
+    False if ``get`` would not find it, and as long as it is running. What others made of it stays: see ``erasure``.
     """
-    nothing: dict[str, Any] = {"messages": [], "params": {}, "metadata": {}, "end_user_hmac": None, "redaction": "erased"}
     mine = (*_visible(id, api_key_id), inference.c.status != "running")
-    if connection.execute(update(inference).where(*mine).values(nothing)).rowcount == 0:
+    if connection.execute(select(inference.c.id).where(*mine)).one_or_none() is None:
         return False
-    silence = {"text": "", "token_ids": (), "raw_logprobs": None, "behaviour_logprobs": None}
-    connection.execute(update(completion).where(completion.c.inference_id == id).values(silence))
+    erase(connection, [id])
     return True
+
+
+def erase(connection: Connection, ids: Sequence[str]) -> int:
+    """Leave no word in the inferences with these ids, and nothing by which a prompt could be guessed; returns how many answers they had."""
+    nothing: dict[str, Any] = {
+        "messages": [],
+        "prompt_sha256": "",
+        "params": {},
+        "metadata": {},
+        "end_user_hmac": None,
+        "redaction": "erased",
+    }
+    connection.execute(update(inference).where(inference.c.id.in_(ids)).values(nothing))
+    silence = {"text": "", "token_ids": (), "raw_logprobs": None, "behaviour_logprobs": None}
+    return connection.execute(update(completion).where(completion.c.inference_id.in_(ids)).values(silence)).rowcount
 
 
 def _visible(id: str, api_key_id: str | None) -> list[ColumnElement[bool]]:

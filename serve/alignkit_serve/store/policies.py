@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -72,6 +72,25 @@ def listed(connection: Connection) -> list[PolicyVersion]:
     """All, in the order of their registration."""
     rows = connection.execute(select(*_COLUMNS).order_by(policy_version.c.created_at, policy_version.c.id))
     return [PolicyVersion(*row) for row in rows]
+
+
+def ancestors(versions: Sequence[PolicyVersion], id: str) -> list[PolicyVersion]:
+    """What a version came from, the nearest first."""
+    known = {version.id: version for version in versions}
+    found: list[PolicyVersion] = []
+    at = known.get(id)
+    while at is not None and (at := known.get(at.parent_id or "")) is not None:
+        found.append(at)
+    return found
+
+
+def descendants(versions: Sequence[PolicyVersion], ids: Collection[str]) -> list[PolicyVersion]:
+    """The versions with these ids and all that came from them, in the order of ``versions``."""
+    found, more = set[str](), set(ids)
+    while more:
+        found |= more
+        more = {version.id for version in versions if version.parent_id in more} - found
+    return [version for version in versions if version.id in found]
 
 
 def move(connection: Connection, id: str, state: State) -> None:

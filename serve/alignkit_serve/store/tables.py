@@ -184,6 +184,8 @@ _running = inference.c.status == "running"
 Index("inference_running", inference.c.status, sqlite_where=_running, postgresql_where=_running)
 _in_episode = inference.c.episode_id.is_not(None)
 Index("inference_episode", inference.c.episode_id, sqlite_where=_in_episode, postgresql_where=_in_episode)
+_somebodys = inference.c.end_user_hmac.is_not(None)
+Index("inference_end_user", inference.c.end_user_hmac, sqlite_where=_somebodys, postgresql_where=_somebodys)
 
 completion = Table(
     "completion",
@@ -219,6 +221,7 @@ cmp_candidate = Table(
     Column("slot", BigInteger, primary_key=True, autoincrement=False),
     Column("completion_id", Words, ForeignKey("completion.id"), nullable=False),
     UniqueConstraint("group_id", "completion_id"),
+    Index("cmp_candidate_completion", "completion_id"),
 )
 
 metric = Table(
@@ -285,7 +288,7 @@ label_task = Table(
     Column("created_at", Moment, nullable=False),
 )
 _open = label_task.c.state == "open"
-Index("label_task_open", label_task.c.priority, label_task.c.id, sqlite_where=_open, postgresql_where=_open)
+Index("label_task_open", label_task.c.priority.desc(), label_task.c.id, sqlite_where=_open, postgresql_where=_open)
 
 assignment = Table(
     "assignment",
@@ -304,6 +307,8 @@ assignment = Table(
     UniqueConstraint("task_id", "annotator_id"),
     Index("assignment_annotator", "annotator_id", "state"),
 )
+_leased = assignment.c.state == "leased"
+Index("assignment_lease", assignment.c.lease_until, sqlite_where=_leased, postgresql_where=_leased)
 
 session = Table(
     "session",

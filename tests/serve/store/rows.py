@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from alignkit_serve.store import Store, new_id
+from alignkit_serve.store.exports import Export
+from alignkit_serve.store.exports import add as add_export
 from alignkit_serve.store.inferences import Completion, Inference, begin, finish, prompt_sha256
 from alignkit_serve.store.policies import PolicyVersion, register
+from alignkit_serve.store.rounds import Round
 
 
 def a_policy(**values: Any) -> PolicyVersion:
@@ -67,3 +71,39 @@ def answered(store: Store, policy: PolicyVersion, **values: Any) -> tuple[Infere
     )
     done.result()
     return inference, completion
+
+
+def an_export(store: Store, feedback_ids: Sequence[str] = (), **values: Any) -> Export:
+    """An export of one row a piece of feedback."""
+    id = new_id("exp-")
+    made = {
+        "name": id,
+        "shape": "rankings",
+        "split": "train",
+        "rule_version": 1,
+        "filters": {},
+        "split_salt": "5a",
+        "sha256": "ab",
+        "n_rows": len(feedback_ids),
+        "counts": {},
+        "path": f"exports/{id}",
+        "created_at": datetime.now(UTC),
+    }
+    export = Export(id=id, **{**made, **values})
+    store.write(lambda connection: add_export(connection, export, [(frozenset({each}), 1.0) for each in feedback_ids])).result()
+    return export
+
+
+def a_round(parent: PolicyVersion, child: PolicyVersion, *exports: Export, **values: Any) -> Round:
+    made = {
+        "id": new_id("rnd-"),
+        "name": "round-1",
+        "config_sha256": "c0" * 32,
+        "git_sha": None,
+        "promoted": True,
+        "metrics": {"win_rate": 0.61},
+        "started_at": datetime(2026, 5, 4, 9, tzinfo=UTC),
+        "finished_at": datetime(2026, 5, 4, 10, tzinfo=UTC),
+        "exports": tuple(export.id for export in exports),
+    }
+    return Round(parent_policy_id=parent.id, child_policy_id=child.id, **{**made, **values})

@@ -24,7 +24,7 @@ def upgrade() -> None:
         sa.Column("created_at", MOMENT, nullable=False),
     )
     open_task = sa.text("state = 'open'")
-    op.create_index("label_task_open", "label_task", ["priority", "id"], sqlite_where=open_task, postgresql_where=open_task)
+    op.create_index("label_task_open", "label_task", [sa.text("priority DESC"), "id"], sqlite_where=open_task, postgresql_where=open_task)
     op.create_table(
         "assignment",
         sa.Column("id", sa.Text, primary_key=True),
@@ -41,6 +41,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("task_id", "annotator_id"),
     )
     op.create_index("assignment_annotator", "assignment", ["annotator_id", "state"])
+    leased = sa.text("state = 'leased'")
+    op.create_index("assignment_lease", "assignment", ["lease_until"], sqlite_where=leased, postgresql_where=leased)
     op.create_table(
         "session",
         sa.Column("id", sa.Text, primary_key=True),
@@ -101,3 +103,7 @@ def upgrade() -> None:
         sa.Column("counts", JSON, nullable=False),
         sa.Column("rounds", JSON, nullable=False),
     )
+    # By whom and by what erasure looks.
+    somebodys = sa.text("end_user_hmac IS NOT NULL")
+    op.create_index("inference_end_user", "inference", ["end_user_hmac"], sqlite_where=somebodys, postgresql_where=somebodys)
+    op.create_index("cmp_candidate_completion", "cmp_candidate", ["completion_id"])

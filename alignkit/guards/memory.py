@@ -1,0 +1,34 @@
+"""Out of memory: how it is told from other errors, and what must be as it was before something is tried again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory to give."""
+    # bad_alloc is what libraries under torch raise on a CPU, where its own allocator has a sentence.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "bad_alloc" in str(error) or should_reduce_batch_size(error)
+
+
+def release() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def torch_draws() -> Callable[[], None]:
+    """Remember where torch's generators are; what is returned puts them back, so that the same is drawn again."""
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def again() -> None:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return again
