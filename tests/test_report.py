@@ -198,3 +198,20 @@ def test_numbers_are_for_people(value: float | None, words: str) -> None:
 
 def test_durations_are_for_people() -> None:
     assert [view.duration(seconds) for seconds in (None, 4.25, 41.0, 71.2, 7512.0)] == ["–", "4.2 s", "41 s", "1 min 11 s", "2 h 05 min"]
+
+
+def test_what_the_guards_found_is_told_once_and_marked_on_its_curve(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    told = {"event": "guard", "stage": "ppo", "step": 12, "what": "length", "figure": 0.71, "text": "the reward may be <measuring> length"}
+    events = [{"event": "stage started", "stage": "ppo"}, told, {**told, "time": "later"}]  # told again by a run that went on
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "gu')
+    run = read_run(tmp_path)
+    assert [(one.stage, one.step, one.what, one.figure) for one in run.warnings] == [("ppo", 12, "length", 0.71)]
+    page = write_report(tmp_path).read_text()
+    assert page.count("the reward may be &lt;measuring&gt; length") == 1
+    assert page.count('class="mark warned"') == 1
+    assert "length at 12" in page
+
+
+def test_a_run_without_warnings_has_no_such_section(tmp_path: Path) -> None:
+    assert "Warnings" not in write_report(write_run(tmp_path)).read_text()

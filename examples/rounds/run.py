@@ -78,7 +78,7 @@ def main() -> None:
         alignkit("init", "quickstart", "--dir", str(folder), cwd=folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
     alignkit("run", str(scale.first), cwd=folder)
-    members = {"app": "infer", "admin": "admin", **{person.name: PERSONS for person in PEOPLE}}
+    members = {"app": "infer", "admin": "admin,export", **{person.name: PERSONS for person in PEOPLE}}
     keys = {name: key(folder, name, scopes) for name, scopes in members.items()}
     with served(folder) as url:
         for number in range(1, given.rounds + 1):
@@ -93,7 +93,8 @@ def main() -> None:
 def alignkit(*arguments: str, cwd: Path, key: str = "", read: bool = False) -> str:
     """Run a command as a person would; what it prints, where that is to be ``read``."""
     # The judges of the tiny rounds lie beside this file.
-    environment = {**os.environ, "ALIGNKIT_API_KEY": key, "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "ALIGNKIT_API_KEY": key, "PYTHONPATH": path}
     command = [sys.executable, "-m", "alignkit", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE if read else None, check=False)
     if done.returncode:

@@ -41,7 +41,7 @@ class Client:
 
     def stage(self, folder: Path) -> dict[str, Any]:
         """Load a policy and put it through its gates; it is warm then, and not live."""
-        return self._ask("POST", "/v1/admin/policies", {"path": str(folder), "promote": False})
+        return self._ask("POST", "/v1/admin/policies", {"path": str(folder.resolve()), "promote": False})
 
     def rounds(self) -> list[dict[str, Any]]:
         """All that were recorded, the oldest first."""

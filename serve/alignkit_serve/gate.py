@@ -13,7 +13,7 @@ class GateConfig(WinRateConfig):
     """The candidate against the live policy on prompts that nothing was trained on: better, and not at any price, or it is refused."""
 
     server: str = setting("http://127.0.0.1:8000", "the server whose live policy the run began with")
-    key_env: str = setting("ALIGNKIT_API_KEY", "the environment variable that holds a key of it, with the scope admin")
+    key_env: str = setting("ALIGNKIT_API_KEY", "the environment variable that holds a key of it, with the scopes admin and export")
     win_rate_low: float = setting(0.5, "the lower end of the win rate's 95% interval must be above this", at_least=0.0, below=1.0)
     kl_max: float = setting(20.0, "most nats of a sequence that the candidate may be from the live policy", above=0.0)
     reward: Component[RewardSource] | None = setting(None, "another score to report of both policies, such as the trained reward model's")

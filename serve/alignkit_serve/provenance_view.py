@@ -19,14 +19,13 @@ from alignkit_serve.store.rounds import Round
 def rounds_table(rounds: Sequence[Round], exports: Mapping[str, Exported], names: Mapping[str, str]) -> Table:
     """One line a round. ``names``: of policies, by id."""
     table = Table()
-    for column in ("round", "policy", "from", "trained on", "agreement", "win rate (95%)", "KL from first, nats", "outcome"):
+    for column in ("round", "policy", "trained on", "agree", "win rate (95%)", "KL from first", "outcome"):
         table.add_column(column, overflow="fold")
     for made in rounds:
         metrics = made.metrics
         row = (
             made.name,
             names[made.child_policy_id],
-            names[made.parent_policy_id],
             _data(exports[id] for id in made.exports),
             _share(_agreement(metrics.get("agreement"))),
             f"{_share(metrics.get('win_rate'))} ({_share(metrics.get('ci95_low'))} to {_share(metrics.get('ci95_high'))})",

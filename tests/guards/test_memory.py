@@ -75,7 +75,7 @@ def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_do() -> No
     learner = Learner(line, AdamWConfig(microbatch_tokens=4), steps=4)
     with pytest.raises(RunError, match=r"out of memory at step 1, with a single row in a microbatch; shorten the rows"):
         learner.step(lambda tokens: line.split(tokens, 0, [1.0, 2.0, 3.0, 4.0]))
-    assert float(line.w) == 1.0
+    assert line.w.item() == 1.0
     assert line.w.grad is None
 
 
