@@ -41,7 +41,20 @@ LIGHT = [
 CONTRACT = {"api", "adamw"}
 """What a plugin's declaring module may import of the core."""
 
-WORKSHOP = CONTRACT | {"ops", "loops", "learner", "models", "rollout", "data", "checkpoint", "checks", "seeds", "files", "average", "guards"}
+WORKSHOP = CONTRACT | {
+    "ops",
+    "loops",
+    "learner",
+    "models",
+    "rollout",
+    "data",
+    "checkpoint",
+    "checks",
+    "seeds",
+    "files",
+    "average",
+    "guards",
+}
 """What a plugin may import of the core where the work is done."""
 
 SERVING = {"api", "rollout", "models", "data", "evaluate", "registry", "config", "files", "threads", "alignkit"}

@@ -127,7 +127,9 @@ def shown(text: str, width: int = 200) -> str:
 
 DATA_SPECS = (
     DataSpec(kind="jsonl", summary="JSON lines", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, _jsonl)),
-    DataSpec(kind="parquet", summary="a Parquet file", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, parquet_rows)),
+    DataSpec(
+        kind="parquet", summary="a Parquet file", config=FileConfig, build=lambda config: _Rows(config.path, config.limit, parquet_rows)
+    ),
     DataSpec(
         kind="datasets",
         summary="a folder of the datasets library",

@@ -24,7 +24,7 @@ def register_commands() -> list[CommandSpec]:
         CommandSpec(kind="export", summary="what people said, as data", build=export_commands.export_command),
         CommandSpec(kind="quarantine", summary="feedback that no export is to hold", build=export_commands.quarantine_command),
         CommandSpec(kind="rounds", summary="every round, and what became of it", build=provenance_commands.rounds_command),
-        CommandSpec(kind="lineage", summary="which policies saw what, and what they are made of", build=provenance_commands.lineage_command),
+        CommandSpec(kind="lineage", summary="which policies saw what, and what made them", build=provenance_commands.lineage_command),
         CommandSpec(kind="erase", summary="erase what one person said", build=provenance_commands.erase_command),
     ]
 

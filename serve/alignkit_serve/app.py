@@ -59,7 +59,10 @@ ROUTERS = (
 
 
 def create_app(service: Service, keys: Keys, *, exports_to: Path) -> FastAPI:
-    """The application around a service, which writes exports to a folder. Raises ``AssertionError`` for a route without a scope: it would be open to anyone."""
+    """The application around a service, which writes exports to a folder.
+
+    Raises ``AssertionError`` for a route without a scope: it would be open to anyone.
+    """
     app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.keys, app.state.exports = service, keys, exports_to
     app.state.figures = figures = CollectorRegistry()

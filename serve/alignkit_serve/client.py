@@ -56,10 +56,9 @@ class Client:
         """The ids of the exports of those names, in all their shapes and splits."""
         return [one["id"] for one in self._ask("GET", "/v1/exports")["data"] if one["name"] in names]
 
-    def agreement(self) -> dict[str, Any] | None:
-        """How far the people who label agree; None where they judged too little."""
-        found: dict[str, Any] | None = self._ask("GET", "/v1/label/agreement")["agreement"]
-        return found
+    def agreement(self) -> dict[str, Any]:
+        """How far the people who judge agree, by figures that are None where they judged too little, and how far they have come."""
+        return self._ask("GET", "/v1/label/agreement")
 
     def rollback(self) -> dict[str, Any]:
         """Back to the one before."""

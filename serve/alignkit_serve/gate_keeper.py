@@ -57,7 +57,7 @@ class Gate:
             "child_policy_id": staged["id"],
             "promote": not reasons,
             "exports": self._server.export_ids(exports_of(run)),
-            "metrics": numbers | {"agreement": self._server.agreement(), "refused_because": "; ".join(reasons)},
+            "metrics": numbers | {"agreement": self._server.agreement()["agreement"], "refused_because": "; ".join(reasons)},
             "started_at": datetime.fromtimestamp(note.stat().st_mtime, UTC).isoformat(),
             "finished_at": datetime.now(UTC).isoformat(),
         })  # fmt: skip

@@ -86,7 +86,7 @@ def test_packing_changes_neither_the_loss_nor_the_gradient(tmp_path: Path, archi
 def test_packing_needs_fewer_rows(tmp_path: Path) -> None:
     packed = make(tmp_path, replace(CONFIG, packing=True))
     batch = [*rows(packed), packed._policy.codec.demonstration(LONG)]
-    (together,) = packed._microbatches(batch)
+    (together,) = packed._microbatches(batch, packed._config.microbatch_tokens)
     assert together.ids.shape[0] < len(batch)
     assert int(together.mask.sum()) == sum(map(len, batch))
 
