@@ -26,15 +26,25 @@ _FORMS: dict[str, tuple[Callable[[Any], Any], Callable[..., Encoded[Any]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """Encoded rows, held-out rows of the same form, and what the manifest says about both."""
+    """Encoded rows, held-out rows of the same form, what the manifest says about both, and the template that they were encoded with."""
 
     rows: Sequence[Any]
     validation: Sequence[Any]
     report: dict[str, Any]
+    template_hash: str
 
     def hashes(self) -> dict[str, str]:
-        """The sha256 of the rows."""
-        return {f"{name}_sha256": report["sha256"] for name, report in self.report.items()}
+        """The sha256 of the rows, and the template's."""
+        return {f"{name}_sha256": report["sha256"] for name, report in self.report.items()} | {"template_hash": self.template_hash}
+
+    def border(self) -> str | None:
+        """What to say where a prompt and what follows share a token; None where none does."""
+        if not (merged := self.report["training"]["merged"]):
+            return None
+        return (
+            f"in {merged} of {len(self.rows)} rows the end of the prompt and the beginning of the completion are one token, which no "
+            "rollout will hold; let completions begin with the blank (the manifest names the rows)"
+        )
 
 
 def read_feed(registry: Registry, stage: StageConfig, form: str, codec: Any) -> Feed:
@@ -43,7 +53,8 @@ def read_feed(registry: Registry, stage: StageConfig, form: str, codec: Any) -> 
     assert source is not None
     rows, report = _read(registry, stage, form, source, codec)
     validation, held_out = _read(registry, stage, form, stage.validation, codec) if stage.validation else ((), None)
-    return Feed(rows, validation, {"training": report} | ({"validation": held_out} if held_out else {}))
+    reports = {"training": report} | ({"validation": held_out} if held_out else {})
+    return Feed(rows, validation, reports, codec.template_hash)
 
 
 def _read(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from alignkit.config import LoadedConfig, load_config
-from alignkit.errors import AlignkitError, Interrupted, RunError
+from alignkit.errors import AlignkitError, Interrupted, SaveError
 from alignkit.folder import choices_of, claim, locked, set_aside
 from alignkit.interrupt import stop_on_signal
 from alignkit.memory import keep_freed_memory
@@ -76,7 +76,7 @@ def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Termi
             raise
         except AlignkitError as error:
             # On a full disk the event cannot be written either; the first error is the one to show.
-            with suppress(RunError):
+            with suppress(SaveError):
                 events.append("failed", error=str(error))
             raise
         finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alignkit.checkpoint import load_checkpoint, save_checkpoint
 from alignkit.config.schema import CheckpointConfig
-from alignkit.errors import CheckpointError, PoisonedError, RunError, SaveError
+from alignkit.errors import CheckpointError, PoisonedError, SaveError
 from alignkit.guards.finite import not_finite
 from alignkit.guards.guard import Guard
 from alignkit.interfaces import Stateful
@@ -71,7 +71,7 @@ class Saves:
             if self._failures == _FAILURES:
                 raise SaveError(f"{_FAILURES} times in a row, now after step {step}: {error.problem}") from error
             self._say(f"not saved after step {step}, and going on; {_FAILURES} times in a row would end the run: {error.problem}")
-            with suppress(RunError):  # it may be the same disk
+            with suppress(SaveError):  # it may be the same disk
                 self._events.append("save failed", step=step, error=error.problem)
         else:
             self._failures = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ from alignkit.config.schema import SelectConfig
 from alignkit.data.records import prompts as read_prompts
 from alignkit.errors import RunError
 from alignkit.files import FileHash
+from alignkit.held_out import HeldOut
 from alignkit.interfaces import Policy, RewardSource, State
-from alignkit.rollout import LocalEngine
-from alignkit.types import Metrics, PromptRow, Sampling
+from alignkit.types import Metrics, Sampling
 
 if TYPE_CHECKING:
     from alignkit.context import Context
@@ -39,18 +40,24 @@ class Selection:
         candidate = self._path(step)
         save_artifact(candidate, write)
         figures = self._judge(candidate, validation)
-        score = figures["selection/score"]
-        self._candidates.append({"step": step, "score": score, **validation})
-        best = max(self._candidates, key=lambda one: one["score"])  # the earliest of equals
-        worse = self._best if best["step"] == step else step
-        if worse is not None:
-            shutil.rmtree(self._path(worse), ignore_errors=True)
-        self._best = best["step"]
+        self._candidates.append({"step": step, **_finite({"score": figures["selection/score"], **validation})})
+        before, self._best = self._best, self._best_of_those_here()
+        for other in (before, step):
+            if other is not None and other != self._best:
+                shutil.rmtree(self._path(other), ignore_errors=True)
         return figures
 
+    def _best_of_those_here(self) -> int | None:
+        # A stage that was sent back, or goes on with changes, may not come to the candidate for which an earlier one was removed.
+        here = [one for one in self._candidates if one["score"] is not None and self._path(one["step"]).is_dir()]
+        best = max(here, key=lambda one: one["score"], default=None)  # the earliest of equals
+        return best["step"] if best else None
+
     def take(self, target: Path) -> dict[str, FileHash]:
-        """Make the best candidate the artifact; returns the hash of each file."""
-        assert self._best is not None
+        """Make the best candidate the artifact; returns the hash of each file. Raises ``RunError`` when there is none."""
+        if self._best is None:
+            count = len(self._candidates)
+            raise RunError(f"none of the {count} candidates of this stage has a score that is a number; look at learning_rate")
         chosen = self._path(self._best)
         if not chosen.is_dir():
             raise RunError(f"{chosen} is the best candidate of this stage, and it is gone; restore it, or start the run anew with --fresh")
@@ -93,17 +100,18 @@ def by_reward(config: SelectConfig, context: Context, reward: RewardSource, load
     assert config.prompts is not None
     asked = read_prompts(list(context.build_data(config.prompts).rows()))
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    held_out = HeldOut(asked, reward, sampling, seed=context.seed, noise=_NOISE_STEP)
 
     def judge(candidate: Path, validation: Metrics) -> Metrics:
-        policy = load(candidate)
-        rows = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in asked]
-        rollout = LocalEngine(context.seed).rollout(policy, rows, sampling, samples_per_prompt=1, step=_NOISE_STEP)
-        values = [score.value for score in reward.score(rollout.samples) if score.value is not None]
-        if not values:
-            raise RunError(f"no response of {candidate.name} could be scored, so candidates cannot be told apart")
-        return {"selection/score": sum(values) / len(values), "selection/unscored_count": float(len(rows) - len(values))}
+        score, unscored = held_out.score(load(candidate))
+        return {"selection/score": score, "selection/unscored_count": float(unscored)}
 
     return judge
+
+
+def _finite(figures: Metrics) -> dict[str, float | None]:
+    """Figures as JSON has them; one that is no number is None, and the best of nothing."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _copy(source: Path, target: Path) -> None:

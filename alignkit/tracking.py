@@ -72,10 +72,13 @@ class MetricsFile:
         self._waiting = ""
 
     def cut(self, step: int) -> None:
-        """Forget what came after ``step``, and a line that a kill left unfinished: those steps will be done again."""
+        """Forget what came after ``step``, and a line that a kill left unfinished: those steps will be done again.
+
+        Raises ``SaveError`` when the disk refuses.
+        """
         if not self._path.exists():
             return
-        with explained(f"{self._path} cannot be cut back to step {step}"):
+        with explained(f"{self._path} cannot be cut back to step {step}", SaveError, remedy=""):
             lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
             write_text(self._path, "".join(line + "\n" for line in lines if 0 < _step(line) <= step))
 
@@ -90,9 +93,9 @@ class EventLog:
             os.truncate(path, content.rfind(b"\n") + 1)
 
     def append(self, kind: str, **values: Any) -> None:
-        """One line, with the time in UTC. Raises ``RunError`` when the disk refuses."""
+        """One line, with the time in UTC. Raises ``SaveError`` when the disk refuses."""
         line = _line({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **values})
-        with explained(f"{self._path} cannot be written"):
+        with explained(f"{self._path} cannot be written", SaveError, remedy=""):
             _append(self._path, line)
 
 

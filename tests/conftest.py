@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,17 @@ settings.load_profile("repeatable")
 # Before torch is imported by any test. Tiny tensors gain nothing from threads, and sums are the same on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="module")
+def same_kernels() -> Iterator[None]:
+    """Runs that are compared to the bit multiply alike; which way is fastest on a busy machine is another question each time."""
+    from alignkit.models import kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_chosen", None)
+        patch.setattr(kernels, "probe", kernels.Kernels)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,23 +20,16 @@ from alignkit.models.causal_lm import load
 from alignkit.models.config import TuningConfig
 from alignkit.runner import run_config
 from tests.data.chat import merging_codec
+from tests.runs import compute_like, ctrl_c, learnt, weights
 
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
 
-def weights(run: Path) -> dict[str, str]:
-    """The hash of everything that the run learnt."""
-    return {str(path.relative_to(run)): sha256(path) for path in sorted(run.glob("*/*/*.safetensors"))}
-
-
-def learnt(run: Path, stage: str) -> list[dict[str, float]]:
-    """The stage's metrics, without wall-clock figures."""
-    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+pytestmark = pytest.mark.usefixtures("same_kernels")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, same_kernels: None) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     return alignkit.run(SMOKE, [f"dir={folder}"])
 
@@ -105,28 +98,10 @@ def test_a_run_done_again_is_the_same_to_the_bit(finished: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
-    finished: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import alignkit.stage
-
-    def stop_after_three(*arguments: object) -> object:
-        after = original(*arguments)
-        runner, config = arguments[0], arguments[1]
-
-        def counted(step: int, metrics: dict[str, float]) -> None:
-            if config.name == stage and step == 3:
-                runner._stop.signal = signal.SIGINT
-            after(step, metrics)
-
-        return counted
-
-    original = alignkit.stage.StageRunner._after
+def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(finished: Path, tmp_path: Path, stage: str) -> None:
     run = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(alignkit.stage.StageRunner, "_after", stop_after_three)
-        with pytest.raises(Interrupted, match=f"stage {stage} is saved after step 3") as stopped:
-            alignkit.run(SMOKE, [f"dir={run}"])
+    with ctrl_c(stage, 3), pytest.raises(Interrupted, match=f"stage {stage} is saved after step 3") as stopped:
+        alignkit.run(SMOKE, [f"dir={run}"])
     assert stopped.value.exit_code == 130
     assert (run / stage / "checkpoints" / "step-00000003").is_dir()
     alignkit.run(SMOKE, [f"dir={run}"])
@@ -136,6 +111,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
 
 def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    compute_like(run, finished)
     command = [sys.executable, "-m", "alignkit", "run", str(SMOKE), f"dir={run}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

@@ -45,6 +45,38 @@ def test_the_best_candidate_is_kept_and_the_others_are_not(tmp_path: Path) -> No
     }
 
 
+def test_a_candidate_whose_score_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    selection = Selection(tmp_path / "candidates", scores)
+    for step, weights in ((1, "nan"), (2, "-5"), (3, "nan"), (4, "inf")):
+        selection.consider(step, {"loss/nll_nats": float(weights)}, writing(weights))
+    assert [path.name for path in (tmp_path / "candidates").iterdir()] == ["step-00000002"]
+    assert selection.report()["chosen_step"] == 2
+    assert [one["score"] for one in selection.report()["candidates"]] == [None, -5.0, None, None]
+    json.dumps(selection.report() | dict(selection.state().values), allow_nan=False)
+
+
+def test_where_no_score_is_a_number_there_is_nothing_to_take(tmp_path: Path) -> None:
+    selection = Selection(tmp_path / "candidates", scores)
+    selection.consider(1, {}, writing("nan"))
+    assert selection.best is None
+    assert list((tmp_path / "candidates").iterdir()) == []
+    with pytest.raises(RunError, match="none of the 1 candidates of this stage has a score that is a number"):
+        selection.take(tmp_path / "policy")
+
+
+def test_a_stage_that_was_sent_back_takes_the_best_that_is_still_there(tmp_path: Path) -> None:
+    first = Selection(tmp_path / "candidates", scores)
+    first.consider(1, {}, writing("5"))
+    saved = first.state()
+    first.consider(2, {}, writing("6"))  # and 1 is removed
+    again = Selection(tmp_path / "candidates", scores)
+    again.load_state(saved)
+    again.consider(2, {}, writing("4"))  # with other rows it is another candidate
+    again.consider(3, {}, writing("3"))
+    again.take(tmp_path / "policy")
+    assert (tmp_path / "policy" / "weights.txt").read_text() == "4"
+
+
 def test_of_equals_the_earliest_is_kept(tmp_path: Path) -> None:
     selection = Selection(tmp_path / "candidates", scores)
     for step in (1, 2):

@@ -65,6 +65,16 @@ def test_steps_that_are_done_again_replace_those_of_the_killed_run(tmp_path: Pat
     killed.close()
 
 
+def test_steps_to_which_a_stage_was_sent_back_replace_what_came_of_them_first(tmp_path: Path) -> None:
+    board = tracker(tmp_path)
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (3, 30.0), (4, 40.0), (5, 50.0)):
+        board.log("sft", step, {"loss/nll_nats": value})
+    board.log("ppo", 1, {"loss/nll_nats": 7.0})
+    board.close()
+    assert read(tmp_path / "tensorboard" / "sft") == {"sft/loss/nll_nats": [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]}
+    assert read(tmp_path / "tensorboard" / "ppo") == {"ppo/loss/nll_nats": [(1, 7.0)]}
+
+
 def test_the_same_folder_name_elsewhere_is_taken_as_it_stands(tmp_path: Path) -> None:
     board = register_trackers()[0].build(TensorBoardConfig(folder=str(tmp_path / "boards")), tmp_path / "run")
     board.log("sft", 1, {"loss/nll_nats": 2.0})

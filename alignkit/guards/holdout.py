@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -10,10 +9,8 @@ from typing import TYPE_CHECKING
 
 from alignkit.config.schema import WatchConfig
 from alignkit.data.records import prompts as read_prompts
-from alignkit.errors import RunError
+from alignkit.held_out import HeldOut
 from alignkit.interfaces import Policy, RewardSource, State
-from alignkit.rollout import LocalEngine
-from alignkit.types import PromptRow
 
 if TYPE_CHECKING:
     from alignkit.context import Context
@@ -32,10 +29,9 @@ class Holdout:
         assert context.plan is not None
         assert context.plan.sampling is not None
         self.every, self.stop = config.every, config.stop
-        self._judge, self._policy, self._sampling = judge, policy, context.plan.sampling
-        self._engine = LocalEngine(context.seed)
         asked = read_prompts(list(context.build_data(config.prompts).rows()))
-        self._rows = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in asked]
+        self._policy = policy
+        self._held_out = HeldOut(asked, judge, context.plan.sampling, seed=context.seed, noise=_NOISE_STEP)
         self._rewards: list[float] = []
         self._looks: list[tuple[float, float]] = []
 
@@ -46,12 +42,7 @@ class Holdout:
 
     def look(self) -> float:
         """The judge's mean score of the policy as it is now. Raises ``RunError`` when it has no verdict on any response."""
-        rollout = self._engine.rollout(self._policy, self._rows, self._sampling, samples_per_prompt=1, step=_NOISE_STEP)
-        scores = self._judge.score(rollout.samples)
-        values = [score.value for score in scores if score.value is not None and math.isfinite(score.value)]
-        if not values:
-            raise RunError(f"the judge of `watch` scored none of {len(scores)} responses; the first reason: {scores[0].reason}")
-        judged = fmean(values)
+        judged, _ = self._held_out.score(self._policy)
         if self._rewards:
             self._looks.append((fmean(self._rewards), judged))
             self._rewards = []

@@ -37,6 +37,7 @@ class Leash:
         self.beyond += 1
         if self.beyond < _PATIENCE:
             return
+        self.beyond = 0  # whoever goes on with other settings has as many again
         if kl < 0:
             text = (
                 f"the KL to the reference is {kl:.3g} nats per response, and cannot be negative: what is sampled is not what is scored; "
@@ -49,7 +50,7 @@ class Leash:
                 else f"it went there so fast that no weights from near the bound were kept; stage {self._start} is where it came from"
             )
             text = (
-                f"the KL to the reference is {kl:.3g} nats per response, above kl.stop ({self._stop:g}) for {self.beyond} iterations; "
+                f"the KL to the reference is {kl:.3g} nats per response, above kl.stop ({self._stop:g}) for {_PATIENCE} iterations; "
                 f"{best}; raise kl.coef, lower learning_rate, set early_stop_kl, or raise kl.stop if this is what you want"
             )
         self._guard.tell("kl", f"stopping after iteration {iteration}: {text}", figure=kl)

@@ -26,8 +26,8 @@ class TensorBoardConfig:
 class TensorBoardTracker:
     """Writes each figure as the scalar ``stage/area/name``, whose first word TensorBoard makes a section of.
 
-    Each stage has a folder of its own. What a resumed stage does again replaces what it had written, and TensorBoard replaces by
-    step alone: in one folder it would take the same steps of other stages along.
+    Each stage has a folder of its own. What a stage does again, because it was resumed or sent back, replaces what it had written, and
+    TensorBoard replaces by step alone: in one folder it would take the same steps of other stages along.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,17 +41,25 @@ class TensorBoardTracker:
         self._open: Any = SummaryWriter
         self._folder = folder
         self._writers: dict[str, Any] = {}
+        self._last: dict[str, int] = {}
         self._report_failure = threading.excepthook
         threading.excepthook = self._thread_failed
 
     def log(self, stage: str, step: int, metrics: Metrics) -> None:
         """Write the figures of one step; they are in the file on return. Raises ``RunError`` when the disk refuses."""
         with self._explained():
-            if stage not in self._writers:
-                self._writers[stage] = self._open(str(self._folder / stage), purge_step=step)
+            if step <= self._last.get(stage, step):
+                self._begin(stage, step)
+            self._last[stage] = step
             for name, value in metrics.items():
                 self._writers[stage].add_scalar(f"{stage}/{name}", value, step)
             self._writers[stage].flush()
+
+    def _begin(self, stage: str, step: int) -> None:
+        """A file that takes the place of what the stage's others hold of ``step`` and later."""
+        if stage in self._writers:
+            self._writers[stage].close()
+        self._writers[stage] = self._open(str(self._folder / stage), purge_step=step)
 
     def close(self) -> None:
         """Let the files go. Raises ``RunError`` when the disk refuses."""

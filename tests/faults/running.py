@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alignkit.files import sha256
 from alignkit.runner import run_config
+from tests.runs import compute_like
 
 HERE = Path(__file__).parent
 STAGES = {"sft": 8, "reward": 6, "ppo": 8}
@@ -56,14 +57,10 @@ class Project:
         (about / "entry_points.txt").write_text("[alignkit]\nmoody = moody\n")
 
     def start(self, run: Path, *more: str) -> subprocess.Popen[str]:
-        """A process whose output goes to a file beside the run's folder.
-
-        All compute as the uninterrupted one found to be fastest: on a busy machine each might find another way, which rounds differently.
-        """
-        record = self.folder / "uninterrupted" / "run.json"
-        if record.exists() and not (run / "run.json").exists():
-            run.mkdir(exist_ok=True)
-            shutil.copy(record, run)
+        """A process whose output goes to a file beside the run's folder; all compute as the uninterrupted one does."""
+        first = self.folder / "uninterrupted"
+        if run != first and not run.exists():
+            compute_like(run, first)
         command = [sys.executable, "-m", "alignkit", "run", str(self.folder / "faults.yaml"), f"dir={run}", *more]
         environment = {
             **os.environ,

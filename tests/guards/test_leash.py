@@ -31,6 +31,12 @@ def test_three_in_a_row_beyond_the_bound_end_it_and_the_last_within_are_kept(tmp
     assert "within-kl-stop" in stopped
 
 
+def test_whoever_goes_on_with_other_settings_has_three_iterations_again(tmp_path: Path) -> None:
+    leash, stopped, _ = walk(tmp_path, [11.0, 12.0, 13.0])
+    assert stopped is not None
+    assert leash.beyond == 0
+
+
 def test_two_are_forgiven(tmp_path: Path) -> None:
     leash, stopped, kept = walk(tmp_path, [11.0, 12.0, 9.0, 11.0, 12.0])
     assert (leash.beyond, stopped, kept) == (2, None, 3)

@@ -14,16 +14,12 @@ import alignkit
 from alignkit.data.order import Order
 from alignkit.errors import ConfigError, Interrupted, RunError, Stopped
 from alignkit.files import sha256
-from alignkit.models import kernels
+from tests.runs import learnt, lines
 
 POLICY = {"kind": "tiny_lm", "hidden_size": 16, "layers": 1, "heads": 2, "positions": 128}
 SEED = 3
 
-
-@pytest.fixture(autouse=True)
-def _the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are compared to the bit, and which kernels are fastest is another question each time."""
-    monkeypatch.setattr(kernels, "probe", lambda: kernels.Kernels(linear="torch", decode="torch", bfloat16=False))
+pytestmark = pytest.mark.usefixtures("same_kernels")
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows") -> dict[str, str]:
@@ -52,14 +48,6 @@ def config(folder: Path, *stages: dict[str, Any], **run: Any) -> Path:
     values = {"name": "run", "dir": str(folder / "run"), "seed": SEED, "policy": POLICY, "stages": list(stages), **run}
     (folder / "run.yaml").write_text(json.dumps(values))  # JSON is YAML
     return folder / "run.yaml"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def learnt(run: Path, stage: str = "ppo") -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines(run / stage / "metrics.jsonl")]
 
 
 def guarded(run: Path) -> list[dict[str, Any]]:
@@ -94,7 +82,7 @@ def test_three_skipped_steps_send_the_stage_back_and_a_killed_run_goes_on_to_the
     assert [(event["what"], event["step"]) for event in guarded(run)] == [
         ("skipped step", 3), ("skipped step", 4), ("skipped step", 5), ("rolled back", 5),
     ]  # fmt: skip
-    steps = learnt(run)
+    steps = learnt(run, "ppo")
     assert [line["step"] for line in steps] == list(range(1, 10))
     assert [line["optimizer/learning_rate"] for line in steps] == pytest.approx([1e-3] * 2 + [5e-4] * 7)
     assert [line["critic/learning_rate"] for line in steps] == pytest.approx([1e-3] * 2 + [5e-4] * 7)
@@ -109,7 +97,7 @@ def test_three_skipped_steps_send_the_stage_back_and_a_killed_run_goes_on_to_the
     assert not flag.exists()
     assert [event["what"] for event in guarded(killed / "run")][-1] == "rolled back"
     again = alignkit.run(file)
-    assert learnt(again) == steps
+    assert learnt(again, "ppo") == steps
     assert sha256(again / "ppo" / "policy" / "model.safetensors") == sha256(run / "ppo" / "policy" / "model.safetensors")
 
 
@@ -135,8 +123,8 @@ def test_a_reward_that_is_no_number_drops_its_sample(tmp_path: Path) -> None:
     bad = {fed(72, 2)[0]}
     stage = ppo(tmp_path, "sometimes_nothing", prompts(72, bad), iterations=3)
     run = alignkit.run(config(tmp_path, stage, guard={"dropped_share": 0.125}))
-    assert [line["guard/dropped_samples"] for line in learnt(run)] == [0.0, 1.0, 0.0]
-    assert all(value is not None and math.isfinite(value) for line in learnt(run) for value in line.values())
+    assert [line["guard/dropped_samples"] for line in learnt(run, "ppo")] == [0.0, 1.0, 0.0]
+    assert all(value is not None and math.isfinite(value) for line in learnt(run, "ppo") for value in line.values())
     (event,) = guarded(run)
     assert (event["what"], event["step"], event["samples"]) == ("dropped sample", 2, [f"p{min(bad)}/0"])
     assert "their rewards are not finite" in event["text"]
@@ -155,7 +143,7 @@ def test_a_policy_that_runs_away_is_stopped_saved_and_stays_so(tmp_path: Path) -
         alignkit.run(file)
     assert stopped.value.exit_code == 3
     run = tmp_path / "run"
-    kls = [line["kl/sequence_nats"] for line in learnt(run)]
+    kls = [line["kl/sequence_nats"] for line in learnt(run, "ppo")]
     assert all(kl > 2.0 for kl in kls[-3:])
     assert kls[-4] <= 2.0
     assert guarded(run)[-1]["what"] == "kl"
@@ -167,7 +155,7 @@ def test_a_policy_that_runs_away_is_stopped_saved_and_stays_so(tmp_path: Path) -
 
     with pytest.raises(Stopped, match="ppo was stopped"):
         alignkit.run(file)
-    assert len(learnt(run)) == len(kls)
+    assert len(learnt(run, "ppo")) == len(kls)
 
 
 def short_sft(folder: Path) -> dict[str, Any]:
@@ -182,7 +170,7 @@ def test_a_reward_that_is_the_length_is_noticed(tmp_path: Path) -> None:
     run = alignkit.run(config(tmp_path, short_sft(tmp_path), {**stage, "start": "sft"}))
     found = {event["what"]: event for event in guarded(run)}
     assert found["length"]["step"] < 25
-    line = learnt(run)[found["length"]["step"] - 1]
+    line = learnt(run, "ppo")[found["length"]["step"] - 1]
     assert line["guard/length_correlation"] > 0.6
     assert line["guard/length_ratio"] > 1.5
     assert found["length"]["figure"] == line["guard/length_correlation"]
@@ -198,7 +186,7 @@ def test_a_reward_for_repetition_is_noticed(tmp_path: Path) -> None:
     run = alignkit.run(config(tmp_path, stage))
     found = {event["what"]: event["step"] for event in guarded(run)}
     assert found["repetition"] <= 40
-    assert learnt(run)[0]["guard/repetitive_share"] == 0.0
+    assert learnt(run, "ppo")[0]["guard/repetitive_share"] == 0.0
 
 
 def test_a_constant_reward_is_noticed_at_once(tmp_path: Path) -> None:
@@ -212,7 +200,7 @@ def test_a_judge_that_thinks_less_and_less_of_a_rising_reward_ends_the_stage(tmp
     stage |= {"start": "sft", "watch": {"reward": judge, "prompts": write(tmp_path, prompts(24), "held_out"), "every": 3, "stop": True}}
     with pytest.raises(Stopped, match=r"the reward rose from \S+ to \S+ while the judge fell from"):
         alignkit.run(config(tmp_path, short_sft(tmp_path), stage))
-    looks = [line for line in learnt(tmp_path / "run") if "guard/judge_mean" in line]
+    looks = [line for line in learnt(tmp_path / "run", "ppo") if "guard/judge_mean" in line]
     assert [line["step"] for line in looks] == list(range(3, looks[-1]["step"] + 1, 3))
     judged = [line["guard/judge_mean"] for line in looks[-4:]]
     assert judged == sorted(judged, reverse=True)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from alignkit_serve.auth import Exporter
-from alignkit_serve.dataset.filters import NAME, Filters, Shape, Split
+from alignkit_serve.dataset.filters import NAME, Filters, Form, Shape, Split
 from alignkit_serve.errors import ApiError
 from alignkit_serve.exporting import Wanted, obtain
 from alignkit_serve.routes.serving import serving
@@ -38,6 +38,7 @@ class ExportRequest(BaseModel):
     until: Moment | None = _DEFAULT.until
     kinds: Annotated[list[Kind], Field(max_length=8)] = Field(default_factory=list)
     policies: Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(max_length=64)] = Field(default_factory=list)
+    form: Form = _DEFAULT.form
     of: Literal["judged", "all"] = _DEFAULT.of
     probation: Annotated[int, Field(ge=0)] = _DEFAULT.probation
     annotator_share: Share = _DEFAULT.annotator_share

@@ -18,7 +18,9 @@ class MoodyConfig:
 
 
 class Moody:
-    """The length of a response against the mean of all lengths so far, a mood, and something of the prompt and its place in the batch."""
+    """The length of a response against the mean of all lengths so far, a mood, and something of the prompt and its place in the batch; to
+    some responses it has nothing to say.
+    """
 
     def __init__(self) -> None:
         self.count, self.total = 0, 0.0
@@ -31,6 +33,8 @@ class Moody:
     def _score(self, place: int, sample: Sample, drawn: float) -> Score:
         length = float(len(sample.response))
         self.count, self.total = self.count + 1, self.total + length
+        if zlib.crc32(sample.response.encode()) % 11 == 0:
+            return Score(None, reason="not in the mood")
         order = place * (zlib.crc32(sample.prompt.id.encode()) % 1009) / 10_000
         return Score(0.1 * (length - self.total / self.count) + random.random() + np.random.random() + drawn + order)
 
