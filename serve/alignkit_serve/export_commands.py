@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from alignkit_serve.commands import STORE
-from alignkit_serve.dataset.filters import JUDGING, NAME, SHAPES, SPLITS, Filters, Shape, Split
+from alignkit_serve.dataset.filters import FORMS, JUDGING, NAME, SHAPES, SPLITS, Filters, Shape, Split
 
 _store = click.option(
     "--store",
@@ -60,6 +60,7 @@ def _filter(name: str, kind: Any) -> Callable[[F], F]:
 @_filter("until", str)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(JUDGING), help="Only this kind of feedback; may be given again.")
 @click.option("--policy", "policies", multiple=True, help="Only answers of this policy; may be given again.")
+@_filter("form", click.Choice(FORMS))
 @_filter("of", click.Choice(["judged", "all"]))
 @_filter("probation", click.IntRange(min=0))
 @_filter("annotator_share", click.FloatRange(0, 1, min_open=True))

@@ -16,7 +16,10 @@ from alignkit.data.records import rankings
 from alignkit.registry import find_plugins
 from alignkit.testing import DataSourceConformance
 from alignkit.testing.settings import parsed, refusal
+from alignkit_serve.dataset.filters import Filters
+from alignkit_serve.export_commands import export_command
 from alignkit_serve.feedback_data import FEEDBACK, FeedbackConfig
+from alignkit_serve.routes.exports import ExportRequest
 from alignkit_serve.store import Store
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
@@ -168,3 +171,9 @@ def test_exports_over_http(server: Running, tmp_path: Path) -> None:
     for scopes in (("infer", "feedback:read", "feedback:write", "label", "admin"), ("infer",)):
         with server.http(*scopes) as client:
             assert client.get("/v1/exports").status_code == 403
+
+
+def test_every_filter_is_a_field_of_the_request_and_an_option_of_the_command() -> None:
+    names = {*Filters.names()}
+    assert names | {"name", "shape", "split"} == {*ExportRequest.model_fields}
+    assert names <= {parameter.name for parameter in export_command().params}

@@ -249,7 +249,7 @@ def test_rounds_in_a_terminal(kept: tuple[str, Store]) -> None:
     cells = [cell.strip() for cell in first.split("│")[1:-1]]
     assert cells == ["round-1", "ppo@1", "400 prompts, 120 rankings", "75.0%", "61.0% (55.0% to 67.0%)", "3.20", "promoted"]
     cells = [cell.strip() for cell in second.split("│")[1:-1]]
-    assert cells == ["round-2", "ppo@2", "ppo@1", "nothing of this server", "-", "50.0% (- to -)", "-", "refused: it wins [half]"]
+    assert cells == ["round-2", "ppo@2", "nothing of this server", "-", "50.0% (- to -)", "-", "refused: it wins [half]"]
     assert [each["name"] for each in json.loads(run("rounds", "--store", url, "--json"))] == ["round-1", "round-2"]
 
 

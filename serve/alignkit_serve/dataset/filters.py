@@ -71,3 +71,4 @@ def moment(name: str, text: str | None) -> datetime | None:
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 SPLITS: tuple[Split, ...] = get_args(Split)
+FORMS: tuple[Form, ...] = get_args(Form)
