@@ -7,13 +7,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from alignkit.config.schema import GuardConfig
 from alignkit.context import Context
+from alignkit.guards.guard import Guard
 from alignkit.interfaces import Rollout, ScoredRollout
 from alignkit.journal import Journal
 from alignkit.learner import Learner
@@ -22,6 +25,7 @@ from alignkit.models import causal_lm, kernels
 from alignkit.models.config import TuningConfig
 from alignkit.models.scalar import load_scalar
 from alignkit.registry import find_plugins
+from alignkit.tracking import EventLog
 from alignkit.types import Plan, RankedRows, Score, TokenRow
 from benchmarks.bench_engine import decode, prompt_rows, rollout
 from benchmarks.bench_pipe import CLOCKS, Gate, serve, settings
@@ -156,12 +160,13 @@ def one_by_one(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) 
 
 def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
     """A stage's surroundings in which every model is the work's."""
+    folder, say = Path(tempfile.mkdtemp()), partial(print, flush=True)
     return Context(
-        seed=work.seed, folder=Path(tempfile.mkdtemp()), registry=find_plugins(),
+        seed=work.seed, folder=folder, registry=find_plugins(),
         start=None, reference=None, plan=plan, rows=(), checks=True,
         artifact=lambda stage: Path(work.model), load_policy=lambda stage, trainable: load_policy(work, told, trainable),
         load_scalar=lambda stage, trainable: load_scalar_model(work, told, trainable),
-        journal=Journal(Path(tempfile.mkdtemp()) / "rewards.db"), say=lambda text: print(text, flush=True),
+        journal=Journal(folder / "rewards.db"), guard=Guard("bench", GuardConfig(), "", say, EventLog(folder / "events.jsonl")), say=say,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alignkit.adamw import AdamWConfig
 from alignkit.checkpoint import load_checkpoint, save_checkpoint
+from alignkit.guards.finite import not_finite
 from alignkit.interfaces import State
 from alignkit.learner import Learner
 from alignkit.models import causal_lm
@@ -54,6 +55,7 @@ def measure(name: str, model: Path, folder: Path) -> float:
     seconds = []
     for step in range(1, SAVES + 1):
         began = time.perf_counter()
+        assert not_finite(states) is None  # as before every save
         save_checkpoint(folder, step, states, keep=2)
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()

@@ -37,7 +37,7 @@ def replace_run(monkeypatch: pytest.MonkeyPatch, run_config: Any) -> None:
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
     """What ``alignkit run`` does when the run raises ``error``."""
 
-    def run_config(config: Path, overrides: Sequence[str], *, fresh: bool) -> None:
+    def run_config(config: Path, overrides: Sequence[str], *, fresh: bool, accept_changes: bool) -> None:
         raise error
 
     replace_run(monkeypatch, run_config)
@@ -84,12 +84,15 @@ def test_an_unknown_command_gets_a_suggestion() -> None:
     assert "'plugins'" in result.stderr
 
 
-def test_run_passes_overrides_and_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_passes_overrides_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    replace_run(monkeypatch, lambda config, overrides, *, fresh: calls.append((config, overrides, fresh)))
+    replace_run(monkeypatch, lambda config, overrides, **options: calls.append((config, overrides, options)))
     assert invoke("run", "config.yaml", "seed=3", "ppo.optimizer.kl.coef=0.1", "--fresh").exit_code == 0
-    assert invoke("run", "config.yaml").exit_code == 0
-    assert calls == [(Path("config.yaml"), ("seed=3", "ppo.optimizer.kl.coef=0.1"), True), (Path("config.yaml"), (), False)]
+    assert invoke("run", "config.yaml", "--accept-changes").exit_code == 0
+    assert calls == [
+        (Path("config.yaml"), ("seed=3", "ppo.optimizer.kl.coef=0.1"), {"fresh": True, "accept_changes": False}),
+        (Path("config.yaml"), (), {"fresh": False, "accept_changes": True}),
+    ]
 
 
 def test_init_says_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def without_generator(name: str) -> Removal:
     return remove
 
 
+def without_the_last_iteration(states: States) -> None:
+    """From the beginning it would count in step again, where it was stopped after an even number of them."""
+    values = states["watch"].values
+    states["watch"] = State(values={**values, "iteration": values["iteration"] - 1})
+
+
 ITEMS: dict[str, Removal] = {
     "policy": without_tensors("policy/weight/"),
     "policy's moments": without_tensors("policy/adam."),
@@ -83,7 +89,7 @@ ITEMS: dict[str, Removal] = {
     "statistics of the judge": without("judge", count=0, total=0.0),
     "statistics of the second opinion": without("opinion", count=0, total=0.0),
     "candidates": without("selection", candidates=[]),
-    "iterations between looks": without("watch", iteration=0),
+    "iterations between looks": without_the_last_iteration,
     "rewards that were watched": without("watch", window=[]),
     "how the watch began": without("watch", "start", length=[], cut=[], entropy=[]),
     # Where it is what the config says there is nothing to leave out: the other way round, as after memory had not sufficed.

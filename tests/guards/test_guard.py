@@ -148,4 +148,14 @@ def test_rows_are_judged_by_what_counts() -> None:
     mask = torch.tensor([[False, True], [True, True], [True, True]])
     assert finite_rows(figures, mask).tolist() == [True, False, True]
     assert not_finite({"a": State({"x": torch.ones(2)}), "b": State({"y": figures})}) == "b/y"
-    assert not_finite({"a": State({"x": torch.ones(2, dtype=torch.uint8)})}) is None
+    assert not_finite({"a": State({"x": torch.ones(2, dtype=torch.uint8), "y": torch.zeros(0), "z": torch.tensor(3.0)})}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 17, 999])
+def test_one_number_among_many_is_found(dtype: torch.dtype, value: float, place: int) -> None:
+    tensor = torch.linspace(-9.0, 9.0, 1000).to(dtype).reshape(40, 25)
+    assert not_finite({"a": State({"x": tensor})}) is None
+    tensor.view(-1)[place] = value
+    assert not_finite({"a": State({"x": tensor})}) == "a/x"
