@@ -105,7 +105,7 @@ MISTAKES = [
     Mistake("a misspelt key deep inside", edit("{coef: 0.05}", "{coeff: 0.05}"), ("smoke.yaml:30:12: ppo.optimizer.kl.coeff", '"coef"?')),
     Mistake("a missing key", edit("name: smoke\n", ""), ("smoke.yaml:3:1: the key name is missing",)),
     Mistake("an unknown kind", edit("kind: ppo", "kind: pppo"), ('no optimizer of kind "pppo"', 'did you mean "ppo"?', "installed: ")),
-    Mistake("no kind", edit("{kind: tiny_lm}", "{layers: 2}"), ("smoke.yaml:6:9: policy has no kind; allowed: causal_lm, tiny_lm",)),
+    Mistake("no kind", edit("{kind: tiny_lm}", "{layers: 2}"), ("smoke.yaml:6:9: policy has no kind; allowed: causal_lm, live, tiny_lm",)),
     Mistake("an interpolation into nothing", edit("runs/smoke", "runs/${nam}"), ("smoke.yaml:4:6:", "'nam' not found")),
     Mistake("no function", edit("{kind: reward_model, stage: reward}", "{kind: python, function: f}"), ("allowed: module:function",)),
     # Stages

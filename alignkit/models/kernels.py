@@ -132,6 +132,11 @@ def _of_two_rows_or_more(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
     return _onednn(x, packed, bias) if len(x) > 1 else _onednn(torch.cat((x, x)), packed, bias)[:1]
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN reorders weights of ``dtype`` on this processor: it needs more than AVX2 for bfloat16."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def _packed(weight: Tensor) -> Tensor:
     """``weight`` [v d] in the order in which oneDNN reads it when there are few rows."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
@@ -182,7 +187,7 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    if weight.device.type == "cpu" and chosen().decode == "packed":
+    if weight.device.type == "cpu" and chosen().decode == "packed" and _packs(dtype):
         packed = _packed(weight)
         return lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias)
     return lambda x: nn.functional.linear(x.to(dtype), weight, bias)

@@ -69,9 +69,9 @@ def _filter(name: str, kind: Any) -> Callable[[F], F]:
 @_filter("dead_band", click.FloatRange(0, 6))
 @_filter("burst", click.IntRange(min=0))
 def export(name: str, shape: Shape, split: Split, folder: Path, store: str, **filters: Any) -> None:
-    """Make what people said into data under NAME; what is there under that name stays as it is.
+    """Make what people said into data, under a name.
 
-    The folder that is printed holds rows.parquet and manifest.json.
+    What is there under NAME stays as it is. The folder that is printed holds rows.parquet and manifest.json.
     """
     from alignkit_serve.exporting import Wanted, obtain
     from alignkit_serve.store import Store

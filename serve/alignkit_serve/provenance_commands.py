@@ -40,7 +40,10 @@ def erase_command() -> click.Command:
 @_store
 @_json
 def rounds(store: str, as_json: bool) -> None:
-    """Every round: what it was trained on, how its policy did, and whether that was promoted."""
+    """Every round, and what became of its policy.
+
+    What it was trained on, how its policy did, and whether that was promoted.
+    """
     from alignkit_serve import provenance, provenance_view
     from alignkit_serve.store import Store, lineage, policies, rounds
 
@@ -58,7 +61,7 @@ def rounds(store: str, as_json: bool) -> None:
 
 @click.group()
 def lineage() -> None:
-    """Which policies saw a piece of feedback, and what a policy is made of."""
+    """Which policies saw what, and what they are made of."""
 
 
 @lineage.command("feedback")
@@ -105,7 +108,9 @@ def lineage_of_policy(policy: str, store: str, as_json: bool) -> None:
 @_store
 @click.option("--yes", is_flag=True, help="Remove the files too, without asking.")
 def erase(subject: str, store: str, yes: bool) -> None:
-    """Erase what an end user, or an annotator, asked, was answered and said.
+    """Erase what an end user, or an annotator, has said.
+
+    With what they asked goes what they were answered.
 
     SUBJECT is an end user's name as their application sends it in `user`, or an annotator's id (ann-...). It cannot be undone.
     """

@@ -11,7 +11,8 @@ WORDS = 32_000
 
 
 def test_s6_log_probabilities_of_bfloat16_logits_are_computed_in_float32() -> None:
-    logits = (3.0 * torch.randn(64, WORDS, generator=torch.Generator().manual_seed(0))).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    logits = (3.0 * torch.randn(64, WORDS, generator=generator)).bfloat16()
     tokens = torch.arange(64)
     exact = torch.log_softmax(logits.double(), dim=-1)[torch.arange(64), tokens]
     ours = token_logprobs(logits, tokens)
@@ -21,10 +22,10 @@ def test_s6_log_probabilities_of_bfloat16_logits_are_computed_in_float32() -> No
     careless = torch.log_softmax(logits, dim=-1)[torch.arange(64), tokens]
     assert float((careless - exact).abs().max()) > 1e-2
     # A head in bfloat16: its hidden states, weight and logits are rounded, the log-probabilities are not.
-    hidden, weight = torch.randn(64, 16).bfloat16(), torch.randn(WORDS, 16).bfloat16()
+    hidden, weight = (torch.randn(rows, 16, generator=generator).bfloat16() for rows in (64, WORDS))
     by_head, entropies = selective_logprobs(hidden, weight, tokens)
     assert by_head.dtype == entropies.dtype == torch.float32
-    assert float((by_head - token_logprobs(hidden @ weight.T, tokens)).abs().max()) < 1e-5
+    assert float((by_head - token_logprobs(hidden @ weight.T, tokens)).abs().max()) < 3e-5  # of 22 nats, in float32
 
 
 def test_s7_a_step_of_microbatches_is_not_a_mean_of_their_means() -> None:
