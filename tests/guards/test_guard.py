@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from alignkit.saving import Saves
 from alignkit.tracking import EventLog, MetricsFile
 
 
-def make(folder: Path, settings: str = "lr 1", said: list[str] | None = None, **config: float) -> Guard:
-    return Guard("sft", GuardConfig(**config), settings, (said if said is not None else []).append, EventLog(folder / "events.jsonl"))  # type: ignore[arg-type]
+def make(folder: Path, settings: str = "lr 1", said: list[str] | None = None, **config: Any) -> Guard:
+    return Guard("sft", GuardConfig(**config), settings, (said if said is not None else []).append, EventLog(folder / "events.jsonl"))
 
 
 def steps(guard: Guard, first: int, skipped: str) -> None:

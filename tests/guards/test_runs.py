@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows") -> dict[
     return {"kind": "jsonl", "path": str(path)}
 
 
-def prompts(count: int, bad: set[int] = frozenset(), stop: set[int] = frozenset()) -> list[dict[str, Any]]:  # type: ignore[assignment]
+def prompts(count: int, bad: Collection[int] = (), stop: Collection[int] = ()) -> list[dict[str, Any]]:
     return [{"id": f"p{i}", "prompt": f"{i} ", "bad": i in bad, "stop": i in stop} for i in range(count)]
 
 

@@ -277,15 +277,16 @@ def test_somebody_elses_assignment_is_as_good_as_none(server: Running) -> None:
     pool(server, overlap=2)
     owner, other = visitor(server), visitor(server)
     id = assigned(owner)
-    for method, path, options in (
+    requests: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("POST", "", {"data": filled(1, 2, 3)}),
         ("POST", "/skip", {"data": {"reason": "x"}}),
         ("POST", "/undo", {}),
         ("PUT", "/draft", {"json": {"cards": [{}, {}, {}]}}),
         ("POST", "/heartbeat", {}),
-    ):
+    )
+    for method, path, options in requests:
         for path_id in (id, "asg-none"):
-            assert other.request(method, f"/label/{path_id}{path}", **options).status_code == 404  # type: ignore[arg-type]
+            assert other.request(method, f"/label/{path_id}{path}", **options).status_code == 404
     assert assigned(other) != id
     assert said(server) == []
 
@@ -344,8 +345,8 @@ def test_a_cookie_that_was_not_signed_here_is_none(server: Running) -> None:
     [row] = server.store.read(lambda connection: connection.execute(select(session)).all())
     assert row.id == id
     for forged in (id, f"{id}.", f"{id}.{signature[:-1]}", f"x{id}.{signature}", ".", "", signature, "\u00e9"):
-        headers = {**PAGE, "Cookie": f"alignkit={forged}".encode()}
-        assert httpx.get(f"{server.url}/label", headers=headers, trust_env=False).status_code == 303  # type: ignore[arg-type]
+        headers = httpx.Headers({**PAGE, "Cookie": f"alignkit={forged}"}, encoding="utf-8")
+        assert httpx.get(f"{server.url}/label", headers=headers, trust_env=False).status_code == 303
 
 
 def test_a_session_ends_with_its_key_and_with_its_time(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

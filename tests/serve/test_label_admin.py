@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +240,7 @@ def submitted(server: Running, *days_ago: int) -> None:
 
     for days in days_ago:
         at = datetime.now(UTC) - timedelta(days=days)
-        server.store.write(lambda connection, at=at: work(connection, at)).result()  # type: ignore[misc]
+        server.store.write(partial(work, at=at)).result()
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -44,8 +44,9 @@ def inferences(path: Path) -> Iterator[str]:
     seen: set[str] = set()
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=["inferences"]):
-            for (ids,) in zip(batch.column(0).to_pylist(), strict=True):
-                yield from (id for id in ids if id not in seen and not seen.add(id))  # type: ignore[func-returns-value]
+            found = {id for ids in batch.column(0).to_pylist() for id in ids}
+            yield from sorted(found - seen)
+            seen |= found
 
 
 def _batch(records: Sequence[Mapping[str, Any]], schema: Any) -> Any:

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -212,7 +213,7 @@ def test_somebody_elses_assignment_is_as_good_as_none(store: Store) -> None:
             lambda connection, who: labels.reopen(connection, given.id, who, NOW),
         ):
             with pytest.raises(UnknownAssignment):
-                store.write(lambda connection, work=work, who=stranger: work(connection, who)).result()  # type: ignore[misc]
+                store.write(partial(work, who=stranger)).result()
     assert taken(store, owner).id == given.id
 
 
