@@ -9,18 +9,7 @@ from typing import Any
 
 import click
 
-STORE = "sqlite:///alignkit.db"
-URL = "http://127.0.0.1:8000"
-
-_store = click.option(
-    "--store",
-    default=STORE,
-    envvar="ALIGNKIT_STORE",
-    show_default=True,
-    help="Where everything is kept: sqlite:///FILE, or postgresql://...",
-)
-_url = click.option("--url", default=URL, envvar="ALIGNKIT_URL", show_default=True, help="The server.")
-_key = click.option("--key", envvar="ALIGNKIT_API_KEY", help="An API key; better in the environment, as ALIGNKIT_API_KEY.")
+from alignkit_serve.options import key_option, store_option, url_option
 
 
 def serve_command() -> click.Command:
@@ -62,7 +51,7 @@ def audit_command() -> click.Command:
 @click.argument("policy", metavar="RUN_OR_POLICY", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Beyond this machine, keys are needed.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@_store
+@store_option
 @click.option("--no-auth", is_flag=True, help="No keys: anyone on this machine may do anything.")
 @click.option(
     "--models",
@@ -148,7 +137,7 @@ def keys() -> None:
 @click.option("--rate", type=click.IntRange(min=1), help="Requests a minute.")
 @click.option("--concurrency", type=click.IntRange(min=1), help="Answers in progress.")
 @click.option("--days", type=click.FloatRange(min=0), help="How long it is in force.")
-@_store
+@store_option
 def create_key(name: str, scopes: str, rate: int | None, concurrency: int | None, days: float | None, store: str) -> None:
     """Make a key and print it, once: only a hash of it is kept."""
     from alignkit_serve.store import Store, audit, keys
@@ -169,7 +158,7 @@ def create_key(name: str, scopes: str, rate: int | None, concurrency: int | None
 
 
 @keys.command("list")
-@_store
+@store_option
 def list_keys(store: str) -> None:
     """Every key, those out of force too."""
     from alignkit_serve.store import Store, keys
@@ -188,7 +177,7 @@ def list_keys(store: str) -> None:
 
 @keys.command("revoke")
 @click.argument("public_id")
-@_store
+@store_option
 def revoke_key(public_id: str, store: str) -> None:
     """Put a key out of force, at once."""
     from alignkit_serve.store import Store, audit, keys
@@ -204,8 +193,8 @@ def revoke_key(public_id: str, store: str) -> None:
 
 @click.command()
 @click.argument("policy")
-@_url
-@_key
+@url_option
+@key_option
 def promote(policy: str, url: str, key: str | None) -> None:
     """Let another policy answer from now on.
 
@@ -218,8 +207,8 @@ def promote(policy: str, url: str, key: str | None) -> None:
 
 
 @click.command()
-@_url
-@_key
+@url_option
+@key_option
 def rollback(url: str, key: str | None) -> None:
     """Put the policy that was live before back in its place."""
     from alignkit_serve.client import Client
@@ -229,8 +218,8 @@ def rollback(url: str, key: str | None) -> None:
 
 
 @click.command()
-@_url
-@_key
+@url_option
+@key_option
 def policies(url: str, key: str | None) -> None:
     """Every policy that a server knows, with its state."""
     from alignkit_serve.client import Client
@@ -240,8 +229,8 @@ def policies(url: str, key: str | None) -> None:
 
 
 @click.command()
-@_url
-@_key
+@url_option
+@key_option
 @click.option("--model", default="live", show_default=True, help="Which policy.")
 @click.option("--system", help="What it is told first.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True)
@@ -259,7 +248,7 @@ def audit() -> None:
 
 
 @audit.command("verify")
-@_store
+@store_option
 def verify_audit(store: str) -> None:
     """Check that no row of the audit was changed, removed or moved."""
     from alignkit_serve.store import Store, StoreError, audit
@@ -273,7 +262,7 @@ def verify_audit(store: str) -> None:
 
 @audit.command("show")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
-@_store
+@store_option
 def show_audit(limit: int, store: str) -> None:
     """The newest rows, the oldest of them first."""
     from alignkit_serve.store import Store, audit

@@ -10,16 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
-from alignkit_serve.commands import STORE
 from alignkit_serve.dataset.filters import FORMS, JUDGING, NAME, SHAPES, SPLITS, Filters, Shape, Split
+from alignkit_serve.options import store_option
 
-_store = click.option(
-    "--store",
-    default=STORE,
-    envvar="ALIGNKIT_STORE",
-    show_default=True,
-    help="Where everything is kept: sqlite:///FILE, or postgresql://...",
-)
 _DEFAULT = Filters()
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,7 +48,7 @@ def _filter(name: str, kind: Any) -> Callable[[F], F]:
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), default="exports", show_default=True, help="Where it is written."
 )
-@_store
+@store_option
 @_filter("since", str)
 @_filter("until", str)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(JUDGING), help="Only this kind of feedback; may be given again.")
@@ -96,7 +89,7 @@ def export(name: str, shape: Shape, split: Split, folder: Path, store: str, **fi
 @click.argument("ids", nargs=-1, required=True)
 @click.option("--reason", help="Why.")
 @click.option("--release", is_flag=True, help="Take it out of quarantine again.")
-@_store
+@store_option
 def quarantine(ids: tuple[str, ...], reason: str | None, release: bool, store: str) -> None:
     """Keep feedback out of all exports to come; nothing is deleted.
 

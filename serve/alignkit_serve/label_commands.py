@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alignkit_serve.commands import URL
+from alignkit_serve.options import key_option, url_option
 
 if TYPE_CHECKING:
     from alignkit_serve.label_making import Maker, Tally
 
-_url = click.option("--url", default=URL, envvar="ALIGNKIT_URL", show_default=True, help="The server.")
-_key = click.option("--key", envvar="ALIGNKIT_API_KEY", help="A key with the scopes admin and infer; better as ALIGNKIT_API_KEY.")
 _overlap = click.option("--overlap", type=click.IntRange(1, 100), default=1, show_default=True, help="How many people rank each.")
 _file = click.Path(path_type=Path, dir_okay=False, exists=True)
 
@@ -37,8 +35,8 @@ def label() -> None:
 @_overlap
 @click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@_url
-@_key
+@url_option
+@key_option
 def make(
     prompts: Path,
     policies: tuple[str, ...],
@@ -70,8 +68,8 @@ def make(
 @label.command("import")
 @click.argument("file", metavar="FILE.jsonl", type=_file)
 @_overlap
-@_url
-@_key
+@url_option
+@key_option
 def bring(file: Path, overlap: int, url: str, key: str | None) -> None:
     """Let people rank answers from elsewhere.
 
@@ -95,8 +93,8 @@ def bring(file: Path, overlap: int, url: str, key: str | None) -> None:
 )
 @_overlap
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="The oldest so many.")
-@_url
-@_key
+@url_option
+@key_option
 def collect(origins: tuple[str, ...], overlap: int, limit: int, url: str, key: str | None) -> None:
     """Let people rank what traffic left to be compared.
 
@@ -108,8 +106,8 @@ def collect(origins: tuple[str, ...], overlap: int, limit: int, url: str, key: s
 
 
 @label.command()
-@_url
-@_key
+@url_option
+@key_option
 def status(url: str, key: str | None) -> None:
     """How far the tasks are, and how far people agree."""
     from alignkit_serve.client import Client

@@ -9,15 +9,8 @@ from typing import Any
 
 import click
 
-from alignkit_serve.commands import STORE
+from alignkit_serve.options import store_option
 
-_store = click.option(
-    "--store",
-    default=STORE,
-    envvar="ALIGNKIT_STORE",
-    show_default=True,
-    help="Where everything is kept: sqlite:///FILE, or postgresql://...",
-)
 _json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
@@ -37,7 +30,7 @@ def erase_command() -> click.Command:
 
 
 @click.command()
-@_store
+@store_option
 @_json
 def rounds(store: str, as_json: bool) -> None:
     """Every round, and what became of its policy.
@@ -66,7 +59,7 @@ def lineage() -> None:
 
 @lineage.command("feedback")
 @click.argument("id")
-@_store
+@store_option
 @_json
 def lineage_of_feedback(id: str, store: str, as_json: bool) -> None:
     """The exports, rounds and policies that feedback is in."""
@@ -85,7 +78,7 @@ def lineage_of_feedback(id: str, store: str, as_json: bool) -> None:
 
 @lineage.command("policy")
 @click.argument("policy")
-@_store
+@store_option
 @_json
 def lineage_of_policy(policy: str, store: str, as_json: bool) -> None:
     """What a policy, by name or id, came from and learnt from."""
@@ -105,7 +98,7 @@ def lineage_of_policy(policy: str, store: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("subject")
-@_store
+@store_option
 @click.option("--yes", is_flag=True, help="Remove the files too, without asking.")
 def erase(subject: str, store: str, yes: bool) -> None:
     """Erase what an end user, or an annotator, has said.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import importlib.util
 import io
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -24,10 +21,8 @@ from alignkit_serve.label_tables import csv_text
 from alignkit_serve.store import keys, labels
 from alignkit_serve.store.annotators import Author
 from alignkit_serve.store.verdicts import Verdict
-from tests.environments import missing
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
-from tests.serve.test_page import ARGUMENTS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -215,19 +210,6 @@ def test_the_page_and_its_tables(server: Running) -> None:
     assert all(row["annotator_id"] in html for row in annotators)
     assert [(row["completions"], row["gold"], row["state"]) for row in tasks] == [("4", "yes", "open"), *[("4", "no", "open")] * 3]
     assert [sum(int(row[name]) for name in ("a_better", "tie", "b_better")) for row in pairs] == [3] * 24
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if importlib.util.find_spec("playwright") is None:
-        missing("playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        missing("there is no chromium")
-    with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def submitted(server: Running, *days_ago: int) -> None:

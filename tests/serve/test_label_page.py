@@ -13,15 +13,15 @@ from sqlalchemy import select
 from alignkit_serve.store import inferences, new_id
 from alignkit_serve.store.groups import Group, add_group
 from alignkit_serve.store.tables import assignment, feedback
+from tests.serve.browsing import opened, watched
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
 from tests.serve.store.rows import a_completion, an_inference, stored_policy
 from tests.serve.store.test_labels import add
-from tests.serve.test_page import HOSTILE, WATCH, seen
-from tests.serve.test_page import browser as browser
+from tests.serve.test_page import HOSTILE, seen
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
 
 @pytest.fixture
@@ -30,27 +30,10 @@ def server(tmp_path: Path) -> Iterator[Running]:
         yield started
 
 
-def opened(browser: Browser, server: Running, **options: Any) -> BrowserContext:
-    context = browser.new_context(**options)
-    context.set_default_timeout(20_000)
-    context.add_init_script(WATCH)
-    return context
-
-
 @pytest.fixture
 def tab(browser: Browser, server: Running) -> Iterator[Page]:
-    """An empty tab. Whatever a test does there: no rule is broken, no script fails, nothing is asked of anyone else."""
-    context = opened(browser, server)
-    tab = context.new_page()
-    asked: list[str] = []
-    failed: list[str] = []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("pageerror", lambda error: failed.append(str(error)))
-    yield tab
-    assert tab.evaluate("[window.broken, window.hacked]") == [[], 0]
-    assert failed == []
-    assert [url for url in asked if not url.startswith((f"{server.url}/", "data:image/svg+xml"))] == []
-    context.close()
+    with watched(opened(browser), server.url) as tab:
+        yield tab
 
 
 def pool(server: Running, texts: Sequence[str], prompt: str = "Why is the sky blue?") -> Group:
@@ -175,7 +158,7 @@ def test_it_is_ranked_by_dragging(tab: Page, server: Running) -> None:
 
 def test_it_goes_without_a_script(browser: Browser, server: Running) -> None:
     pool(server, ["one", "two", "three"])
-    context = opened(browser, server, java_script_enabled=False)
+    context = opened(browser, java_script_enabled=False)
     tab = context.new_page()
     sign_in(tab, server)
     tab.fill("[name=rank-0]", "2")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,7 @@ from sqlalchemy import select
 from alignkit_serve.envelope import CONTENT_SECURITY_POLICY as SENT
 from alignkit_serve.page import PAGES, page
 from alignkit_serve.store.tables import feedback
-from tests.environments import missing
+from tests.serve.browsing import opened, watched
 from tests.serve.fakes import ScriptedEngine, scripted
 from tests.serve.running import Running, running
 from tests.serve.scripted import CONTENT_SECURITY_POLICY, POLICY, Refuses, Says, Scripted, model, serving
@@ -23,20 +21,6 @@ from tests.serve.scripted import CONTENT_SECURITY_POLICY, POLICY, Refuses, Says,
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Route
 
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-WATCH = """
-window.broken = []; window.hacked = 0; window.alert = () => window.hacked++;
-document.addEventListener("securitypolicyviolation", (event) => window.broken.push(`${event.violatedDirective} ${event.blockedURI}`));
-"""
 ONE_BYTE_AT_A_TIME = """
 const real = window.fetch;
 const single = () => new TransformStream({transform: (chunk, out) => chunk.forEach((byte) => out.enqueue(new Uint8Array([byte])))});
@@ -47,20 +31,6 @@ window.fetch = async (...what) => {
 """
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if importlib.util.find_spec("playwright") is None:
-        missing("playwright is not installed")
-    api = importlib.import_module("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        missing("there is no chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def server() -> Iterator[Scripted]:
     with serving() as script:
@@ -69,20 +39,8 @@ def server() -> Iterator[Scripted]:
 
 @pytest.fixture
 def tab(browser: Browser, server: Scripted) -> Iterator[Page]:
-    """An empty tab. Whatever a test does there: no rule is broken, no script fails, nothing is asked of anyone else."""
-    context = browser.new_context()
-    context.set_default_timeout(15_000)
-    context.add_init_script(WATCH)
-    tab = context.new_page()
-    asked: list[str] = []
-    failed: list[str] = []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("pageerror", lambda error: failed.append(str(error)))
-    yield tab
-    assert tab.evaluate("[window.broken, window.hacked]") == [[], 0]
-    assert failed == []
-    assert [url for url in asked if not url.startswith((f"{server.url}/", "data:image/svg+xml"))] == []
-    context.close()
+    with watched(opened(browser), server.url) as tab:
+        yield tab
 
 
 @pytest.fixture
@@ -492,13 +450,8 @@ def real(tmp_path: Path) -> Iterator[Running]:
 @pytest.fixture
 def own(browser: Browser, real: Running) -> Iterator[Page]:
     """An empty tab beside it."""
-    context = browser.new_context()
-    context.set_default_timeout(15_000)
-    context.add_init_script(WATCH)
-    own = context.new_page()
-    yield own
-    assert own.evaluate("[window.broken, window.hacked]") == [[], 0]
-    context.close()
+    with watched(opened(browser), real.url) as own:
+        yield own
 
 
 def asked_with(own: Page, real: Running, key: str) -> None:
