@@ -31,6 +31,10 @@ class GivenUp(Exception):
     """There was no answer in time; the message says how it was tried."""
 
 
+class NotAsked(Exception):
+    """The client was closed before there was an answer."""
+
+
 class _Trouble(Exception):
     """A request failed in a way that may pass. ``wait``: seconds that the service asks to be left alone for."""
 
@@ -81,7 +85,7 @@ class Client:
     async def scores(self, samples: Sequence[Sample]) -> list[Score]:
         """The service's verdict on each sample.
 
-        Raises ``GivenUp`` at the deadline, and ``RunError`` for an answer that would be the same again.
+        Raises ``GivenUp`` at the deadline, ``RunError`` for an answer that would be the same again, and ``NotAsked`` after ``close``.
         """
         body = request_body(samples)
         async with self._free:
@@ -96,7 +100,7 @@ class Client:
             while wait := self._breaker.wait():
                 await self._nap(wait, deadline, last)
             if self._closed:
-                raise GivenUp(last)
+                raise NotAsked
             try:
                 scores = read_scores(await self._request(body, count), count)
             except (Garbled, _Trouble) as trouble:
@@ -120,8 +124,10 @@ class Client:
             await self._nap(left, deadline, last)
 
     async def _nap(self, left: float, deadline: float, last: str) -> None:
-        """Sleep a part of what is ``left`` to wait. Raises ``GivenUp`` where the wait would outlast the deadline."""
-        if self._closed or self._time.clock() + left > deadline:
+        """Sleep a part of what is ``left`` to wait. Raises ``GivenUp`` where the wait would outlast the deadline, and ``NotAsked``."""
+        if self._closed:
+            raise NotAsked
+        if self._time.clock() + left > deadline:
             raise GivenUp(last)
         await self._time.sleep(min(left, _NAP_SECONDS))
 

@@ -12,7 +12,7 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 
 from alignkit.api import AlignkitError, Answer, RunError, Sample, Score, Unavailable
-from alignkit_http_reward.client import Client, GivenUp, Time
+from alignkit_http_reward.client import Client, GivenUp, NotAsked, Time
 from alignkit_http_reward.patience import Breaker
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class HTTPReward:
                 batch = asked[future]
                 try:
                     scores = future.result()
+                except NotAsked:
+                    continue  # The client was closed because of another batch; that one's problem is told.
                 except GivenUp as silence:
-                    if problem:
-                        continue  # That one was not to be answered any more.
                     silent += len(batch)
                     self._failed.extend([True] * len(batch))
                     self._say(f"{self._config.url}: {len(batch)} samples have no score: {silence}")
                     yield [Answer(i, Score(None, reason=f"{self._config.url}: {silence}"), answered=False) for i in batch]
                     if sum(self._failed) > allowed or silent == len(samples):
-                        problem = self._unavailable(silence)
+                        problem = problem or self._unavailable(silence)
                         client.close()
                 except RunError as error:
                     problem = problem or error

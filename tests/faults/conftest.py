@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -49,12 +49,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Its plugin is found by this process, too."""
-    made = Project.make(tmp_path_factory.mktemp("project"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(made.plugin))
-        yield made
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One for all tests."""
+    return Project.make(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from alignkit.files import sha256
 from alignkit.runner import run_config
 from tests.runs import compute_like
@@ -72,8 +74,10 @@ class Project:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
     def go_on(self, run: Path, *overrides: str, accept_changes: bool = False) -> None:
-        """In this process: what another one saved."""
-        run_config(self.folder / "faults.yaml", [f"dir={run}", *overrides], accept_changes=accept_changes)
+        """In this process, which finds the plugin meanwhile: what another one saved."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(self.plugin))
+            run_config(self.folder / "faults.yaml", [f"dir={run}", *overrides], accept_changes=accept_changes)
 
 
 def log_of(run: Path) -> Path:
