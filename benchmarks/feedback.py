@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import uvloop
 from sqlalchemy import Connection, func, select
 
 from alignkit.models import tiny
@@ -189,7 +190,7 @@ def measured(name: str, url: str, key: str, targets: list[str], connections: int
 
 def posting(url: str, key: str, targets: list[str], connections: int, seconds: float) -> list[float]:
     """How long each post took that was answered within the seconds."""
-    return asyncio.run(_posting(url, key, targets, connections, time.monotonic() + seconds))
+    return uvloop.run(_posting(url, key, targets, connections, time.monotonic() + seconds))
 
 
 async def _posting(url: str, key: str, targets: list[str], connections: int, end: float) -> list[float]:

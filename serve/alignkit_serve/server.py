@@ -15,12 +15,14 @@ from types import FrameType
 
 import click
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from alignkit.api import AlignkitError
 from alignkit_serve.app import create_app
 from alignkit_serve.auth import Keys
 from alignkit_serve.browsers import is_loopback
+from alignkit_serve.protocol import Protocol
 from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Load, Roster
 from alignkit_serve.service import Service
@@ -61,7 +63,7 @@ def serve(settings: Settings, load: Load) -> None:
         listening = _bound(settings.host, settings.port)
         # Port 0 means any that is free.
         settings = replace(settings, port=listening.getsockname()[1])
-        asyncio.run(_serve(settings, store, load, listening))
+        uvloop.run(_serve(settings, store, load, listening))
 
 
 async def _serve(settings: Settings, store: Store, load: Load, listening: socket.socket) -> None:
@@ -74,12 +76,13 @@ def configuration(app: FastAPI, limits: Limits) -> uvicorn.Config:
     """How uvicorn runs the application: its own log would hold ids and queries."""
     return uvicorn.Config(
         app,
+        http=Protocol,
+        ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
         lifespan="off",
         timeout_graceful_shutdown=int(limits.drain_seconds) + 5,
-        h11_max_incomplete_event_size=64 << 10,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+import uvloop
 from openai import OpenAI
 
 from alignkit_serve import server
@@ -111,7 +112,7 @@ def running(
                 await own.serve(sockets=[listening])
                 await service.drain()
 
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+        thread = threading.Thread(target=lambda: uvloop.run(serve()), daemon=True)
         thread.start()
         until(lambda: (begun and begun[0][1].started) or not thread.is_alive())
         assert thread.is_alive(), "the server did not start"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -93,6 +96,41 @@ def test_a_body_that_is_too_long_is_refused_declared_or_not(server: Running) -> 
     for refused in (declared, chunked):
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "request_too_large"
+
+
+def sent(server: Running, pieces: Iterable[bytes]) -> bytes:
+    """What is answered to raw bytes, of which the first are a request's beginning, until the server hangs up."""
+    at = urlsplit(server.url)
+    with socket.create_connection((at.hostname, at.port), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):  # It hangs up in the middle.
+            for piece in pieces:
+                connection.sendall(piece)
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 16):
+                found += piece
+        return found
+
+
+@pytest.mark.parametrize("line", [b"x" * 4096, b"\r\nname: " + b"x" * 4088], ids=["one header", "many headers"])
+def test_a_head_that_does_not_end_is_not_kept(server: Running, line: bytes) -> None:
+    taken = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal taken
+        yield b"GET /v1/models HTTP/1.1\r\nHost: here\r\nname: "
+        for _ in range(4096):
+            yield line
+            taken += len(line)
+
+    sent(server, pieces())
+    assert taken < 4096 * len(line), "all of it was read"
+
+
+def test_a_long_head_that_ends_is_read_and_so_is_the_next(server: Running) -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: here\r\nname: " + b"x" * 20_000
+    answers = sent(server, [head, b"x" * 20_000, b"\r\n\r\n", head, b"x" * 20_000, b"\r\nConnection: close\r\n\r\n"])
+    assert answers.count(b"HTTP/1.1 200 ") == 2
 
 
 def test_a_prompt_is_measured_before_it_is_tokenised(server: Running) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from alignkit_serve.store.ids import new_id
 from alignkit_serve.store.secrets import secret
@@ -45,15 +45,16 @@ class Annotator:
 
 
 _COLUMNS = [annotator.c[name] for name in Annotator.__dataclass_fields__]
+_OF_KEY = select(*_COLUMNS).join(api_key, api_key.c.annotator_id == annotator.c.id).where(api_key.c.id == bindparam("key"))
+_OF_SUBJECT = select(*_COLUMNS).where(annotator.c.subject_hmac == bindparam("subject"))
 
 
 def known(connection: Connection, author: Author) -> Annotator | None:
     """The annotator that an author is, if they ever judged anything. A key's is the one that it was given, if it was given one."""
     if author.subject is None and author.api_key_id is not None:
-        found = select(*_COLUMNS).join(api_key, api_key.c.annotator_id == annotator.c.id).where(api_key.c.id == author.api_key_id)
+        row = connection.execute(_OF_KEY, {"key": author.api_key_id}).one_or_none()
     else:
-        found = select(*_COLUMNS).where(annotator.c.subject_hmac == (author.subject or _ANYONE))
-    row = connection.execute(found).one_or_none()
+        row = connection.execute(_OF_SUBJECT, {"subject": author.subject or _ANYONE}).one_or_none()
     return Annotator(**row._mapping) if row else None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from sqlalchemy.sql import ColumnElement
 
 from alignkit_serve.store import annotators, metrics
@@ -297,34 +297,47 @@ class _Answers:
         return found
 
 
+# Statements that every piece of feedback needs are made once: SQLAlchemy takes longer to put one together than SQLite does to answer it.
+_KEPT = (inference.c.redaction, inference.c.retention_until)
+_TARGETS = {
+    "completion": select(completion.c.id, completion.c.inference_id, *_KEPT)
+    .join(inference)
+    .where(completion.c.id.in_(bindparam("ids", expanding=True))),
+    "inference": select(inference.c.id, inference.c.id.label("inference_id"), *_KEPT).where(
+        inference.c.id.in_(bindparam("ids", expanding=True))
+    ),
+    "group": select(cmp_group.c.id, cmp_group.c.inference_id, *_KEPT)
+    .outerjoin(inference)
+    .where(cmp_group.c.id.in_(bindparam("ids", expanding=True))),
+}
+_EPISODES = select(inference.c.episode_id).where(inference.c.episode_id.in_(bindparam("ids", expanding=True))).distinct()
+
+
 def _targets(connection: Connection, wanted: Mapping[str, set[str]]) -> dict[tuple[str, str], tuple[str | None, bool]]:
-    kept = (inference.c.redaction, inference.c.retention_until)
-    finding = {
-        "completion": select(completion.c.id, completion.c.inference_id, *kept)
-        .join(inference)
-        .where(completion.c.id.in_(wanted["completion"])),
-        "inference": select(inference.c.id, inference.c.id.label("inference_id"), *kept).where(inference.c.id.in_(wanted["inference"])),
-        "group": select(cmp_group.c.id, cmp_group.c.inference_id, *kept).outerjoin(inference).where(cmp_group.c.id.in_(wanted["group"])),
-    }
     now = datetime.now(UTC)
     found: dict[tuple[str, str], tuple[str | None, bool]] = {}
-    for what, query in finding.items():
+    for what, query in _TARGETS.items():
         if wanted[what]:
-            for id, inference_id, redaction, until in connection.execute(query):
+            for id, inference_id, redaction, until in connection.execute(query, {"ids": list(wanted[what])}):
                 found[what, id] = (inference_id, redaction == "erased" or (until is not None and until <= now))
     if wanted["episode"]:
-        episodes = select(inference.c.episode_id).where(inference.c.episode_id.in_(wanted["episode"])).distinct()
-        found.update({("episode", id): (None, False) for id in connection.scalars(episodes)})
+        found.update({("episode", id): (None, False) for id in connection.scalars(_EPISODES, {"ids": list(wanted["episode"])})})
     return found
 
 
+_COMPARED = {
+    "group": select(cmp_candidate.c.group_id, cmp_candidate.c.completion_id).where(
+        cmp_candidate.c.group_id.in_(bindparam("ids", expanding=True))
+    ),
+    "inference": select(completion.c.inference_id, completion.c.id).where(completion.c.inference_id.in_(bindparam("ids", expanding=True))),
+}
+
+
 def _compared(connection: Connection, wanted: Mapping[str, set[str]]) -> dict[tuple[str, str], frozenset[str]]:
-    of_group = select(cmp_candidate.c.group_id, cmp_candidate.c.completion_id).where(cmp_candidate.c.group_id.in_(wanted["group"]))
-    of_inference = select(completion.c.inference_id, completion.c.id).where(completion.c.inference_id.in_(wanted["inference"]))
     found: dict[tuple[str, str], set[str]] = {}
-    for what, query in (("group", of_group), ("inference", of_inference)):
+    for what, query in _COMPARED.items():
         if wanted[what]:
-            for id, candidate in connection.execute(query):
+            for id, candidate in connection.execute(query, {"ids": list(wanted[what])}):
                 found.setdefault((what, id), set()).add(candidate)
     return {key: frozenset(ids) for key, ids in found.items()}
 
@@ -336,16 +349,21 @@ def _texts(connection: Connection, ids: Iterable[str]) -> dict[str, str]:
     return {id: text for id, text in connection.execute(select(completion.c.id, completion.c.text).where(completion.c.id.in_(wanted)))}
 
 
+# For pairs in one list SQLite would read the whole table.
+_UNDER = select(*_COLUMNS).where(
+    feedback.c.annotator_id == bindparam("annotator_id"), feedback.c.idem_key.in_(bindparam("idem_keys", expanding=True))
+)
+
+
 def _under(connection: Connection, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Feedback]:
     """What is stored under the keys of annotators."""
     of_annotator: dict[str, list[str]] = {}
     for annotator_id, idem_key in keys:
         of_annotator.setdefault(annotator_id, []).append(idem_key)
-    # For pairs in one list SQLite would read the whole table.
     found = [
         row
         for annotator_id, theirs in of_annotator.items()
-        for row in connection.execute(select(*_COLUMNS).where(feedback.c.annotator_id == annotator_id, feedback.c.idem_key.in_(theirs)))
+        for row in connection.execute(_UNDER, {"annotator_id": annotator_id, "idem_keys": theirs})
     ]
     return {(row.annotator_id, row.idem_key): Feedback(**row._mapping) for row in found}
 
