@@ -1,16 +1,18 @@
 """How many pieces of feedback can be given in a second? Posts to `alignkit serve` over HTTP, each answered once it is on the disk.
 
-    python -m benchmarks.feedback [--connections N] [--seconds S] [--rounds R] [--out FILE]
+    python -m benchmarks.feedback [--connections N] [--items I] [--seconds S] [--rounds R] [--out FILE]
 
 The server is a process of its own with its usual settings: keys, rate limits, SQLite with ``synchronous=FULL``; where PostgreSQL is
 installed, a server of it with ``fsync=on`` is the second database. The clients are processes of their own on the same machine, and take
-from the same cores. Every post is new, has its own Idempotency-Key, and is counted when its 201 has been read.
+from the same cores. Every post is new, has its own Idempotency-Key, and is counted when its 201 has been read. With ``--items`` above 1
+each request is a batch of so many, as an importer sends them, and every item counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -67,13 +69,13 @@ def main() -> int:
             key, targets = prepared(store)
             command: list[str | Path] = [sys.executable, "-m", "alignkit", "serve", policy, "--store", store]
             with served(scratch, command) as (url, _):
-                measured(name, url, key, targets, told.connections, told.processes, 2.0)  # until nothing is new to it
+                measured(name, url, key, targets, told.connections, told.items, told.processes, 2.0)  # until nothing is new to it
                 for _ in range(told.rounds):
                     before = count(store)
-                    rounds.append(measured(name, url, key, targets, told.connections, told.processes, told.seconds))
+                    rounds.append(measured(name, url, key, targets, told.connections, told.items, told.processes, told.seconds))
                     # What was answered with a 201 is there, and nothing else; those that nobody waited for any more may be.
-                    assert rounds[-1].posts <= count(store) - before <= rounds[-1].posts + told.connections
-    print(table(rounds, told.connections))
+                    assert rounds[-1].posts <= count(store) - before <= rounds[-1].posts + told.connections * told.items
+    print(table(rounds, told.connections, told.items))
     if told.out:
         told.out.write_text(json.dumps([asdict(one) for one in rounds], indent=1) + "\n")
     return 0
@@ -83,6 +85,7 @@ def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connections", type=int, default=16, help="posts under way at once, in all")
+    parser.add_argument("--items", type=int, default=1, help="opinions in a request")
     parser.add_argument("--processes", type=int, default=1, help="client processes that share them")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -175,53 +178,60 @@ def count(store: str) -> int:
         return opened.read(lambda connection: connection.scalar(select(func.count()).select_from(feedback))) or 0
 
 
-def measured(name: str, url: str, key: str, targets: list[str], connections: int, processes: int, seconds: float) -> Round:
+def measured(name: str, url: str, key: str, targets: list[str], connections: int, items: int, processes: int, seconds: float) -> Round:
     """One round, from the first post to the last answer that came in time."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        each = [(url, key, targets[i::processes], connections // processes, seconds) for i in range(processes)]
+        each = [(url, key, targets[i::processes], connections // processes, items, seconds) for i in range(processes)]
         pool.starmap(posting, [(*one[:-1], 0.0) for one in each])  # until they are all there
         begun = time.monotonic()
         found = pool.starmap(posting, each)
         elapsed = time.monotonic() - begun
     took = sorted(1000 * one for each_found in found for one in each_found)
     percentiles = statistics.quantiles(took, n=100, method="inclusive")
-    return Round(name, len(took), len(took) / elapsed, percentiles[49], percentiles[98], took[-1])
+    return Round(name, items * len(took), items * len(took) / elapsed, percentiles[49], percentiles[98], took[-1])
 
 
-def posting(url: str, key: str, targets: list[str], connections: int, seconds: float) -> list[float]:
-    """How long each post took that was answered within the seconds."""
-    return uvloop.run(_posting(url, key, targets, connections, time.monotonic() + seconds))
+def posting(url: str, key: str, targets: list[str], connections: int, items: int, seconds: float) -> list[float]:
+    """How long each request took that was answered within the seconds."""
+    return uvloop.run(_posting(url, key, targets, connections, items, time.monotonic() + seconds))
 
 
-async def _posting(url: str, key: str, targets: list[str], connections: int, end: float) -> list[float]:
+async def _posting(url: str, key: str, targets: list[str], connections: int, items: int, end: float) -> list[float]:
     address = urlsplit(url)
-    each = [_client(address.hostname or "", address.port or 0, key, targets[i::connections], end) for i in range(connections)]
+    each = [_client(address.hostname or "", address.port or 0, key, targets[i::connections], items, end) for i in range(connections)]
     return [one for took in await asyncio.gather(*each) for one in took]
 
 
-async def _client(host: str, port: int, key: str, targets: list[str], end: float) -> list[float]:
+async def _client(host: str, port: int, key: str, targets: list[str], items: int, end: float) -> list[float]:
     """One connection. Bytes by hand: a client library would take more of the machine than the server does."""
     reader, writer = await asyncio.open_connection(host, port)
+    turn = itertools.cycle(targets)
     took: list[float] = []
     while (begun := time.monotonic()) < end:
-        target = targets[len(took) % len(targets)]
-        body = json.dumps({"kind": "thumb", "target_type": "completion", "target_id": target, "value": "up"})
+        said = [{"kind": "thumb", "target_type": "completion", "target_id": next(turn), "value": "up"} for _ in range(items)]
+        if items == 1:
+            path, more, body = "/v1/feedback", f"Idempotency-Key: {new_id('')}\r\n", json.dumps(said[0])
+        else:
+            path, more, body = "/v1/feedback:batch", "", json.dumps({"items": [{**each, "idempotency_key": new_id("")} for each in said]})
         writer.write(
-            f"POST /v1/feedback HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nIdempotency-Key: {new_id('')}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n{more}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 201 "), head
         length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        await reader.readexactly(length)
+        answer = await reader.readexactly(length)
         took.append(time.monotonic() - begun)
+        assert head.startswith(b"HTTP/1.1 201 ") or answer.count(b'"status":201') == items, (head, answer[:500])
     writer.close()
     return took
 
 
-def table(rounds: list[Round], connections: int) -> str:
+def table(rounds: list[Round], connections: int, items: int) -> str:
     """A line a database: the round in the middle, and the slowest and fastest."""
-    lines = [f"{connections} posts at once", "database        posts/s (least, most)     p50 ms   p99 ms   most ms"]
+    lines = [
+        f"{connections} requests at once" + (f", {items} opinions each" if items > 1 else ""),
+        "database     opinions/s (least, most)     p50 ms   p99 ms   most ms",
+    ]
     for name in dict.fromkeys(one.database for one in rounds):
         mine = sorted((one for one in rounds if one.database == name), key=lambda one: one.rate)
         middle = mine[len(mine) // 2]

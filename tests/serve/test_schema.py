@@ -361,7 +361,7 @@ WIRE: dict[str, tuple[str, tuple[str | bytes, ...], bytes, list[int]]] = {
         hello(stream="true").encode(),
         [200],
     ),
-    "HTTP/3.7": ("GET /v1/models HTTP/3.7", (), b"", [200]),
+    "HTTP/3.7": ("GET /v1/models HTTP/3.7", (), b"", [400]),
     "no HTTP": ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", (), b"", [400]),
     "a length below nothing": (CHAT, ("Content-Length: -1",), hello().encode(), [400]),
     "a length that is no number": (CHAT, ("Content-Length: many",), hello().encode(), [400]),
@@ -377,9 +377,10 @@ WIRE: dict[str, tuple[str, tuple[str | bytes, ...], bytes, list[int]]] = {
     "a header with NUL": ("GET /v1/models HTTP/1.1", ("X-Nul: a\x00b",), b"", [400]),
     "a header without a name": ("GET /v1/models HTTP/1.1", (": a",), b"", [400]),
     "a header of high bytes": ("GET /v1/models HTTP/1.1", (b"X-Request-Id: \xff\xfe",), b"", [200]),
-    "a method of nobody's": ("BREW /v1/models HTTP/1.1", (), b"", [405]),
+    "a method of nobody's": ("BREW /v1/models HTTP/1.1", (), b"", [400]),
+    "a method that is not for this": ("PATCH /v1/models HTTP/1.1", (), b"", [405]),
     "a method on all": ("OPTIONS * HTTP/1.1", (), b"", [404]),
-    "a whole address": ("GET http://x/v1/models HTTP/1.1", (), b"", [404]),
+    "a whole address": ("GET http://x/v1/models HTTP/1.1", (), b"", [200]),  # as RFC 9112 (3.2.2) wants it
     "bytes in an address": ("GET /\xff\xfe HTTP/1.1", (), b"", [400]),
     "waits to be told to go on": (CHAT, ("Expect: 100-continue", f"Content-Length: {LENGTH}"), hello().encode(), [100, 200]),
     "wants another protocol": (
