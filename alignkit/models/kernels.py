@@ -170,9 +170,8 @@ class OneDNNLinear(nn.Linear):
         """x @ weight.T + bias."""
         if torch.is_autocast_enabled(input.device.type) or input.dtype != torch.float32:
             return super().forward(input)
-        # As in ops.logprobs: torch leaves Function.apply untyped.
-        out: Tensor = _OneDNNProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return out
+        apply: Callable[..., Tensor] = _OneDNNProduct.apply  # torch leaves it untyped
+        return apply(input, self.weight, self.bias)
 
 
 def install(model: nn.Module) -> None:

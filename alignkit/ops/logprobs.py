@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,9 +38,8 @@ def selective_logprobs(
     Logits are made a few rows at a time, forward and backward, and never kept: that is what an ordinary head spends its memory on.
     Entropies have a gradient only when it is asked for; it costs as much as that of the log-probabilities.
     """
-    # torch leaves Function.apply untyped, and mypy counts it as ours because the subclass is.
-    logprobs, entropies = _Selective.apply(hidden, weight, bias, tokens, temperature, entropy_gradient)  # type: ignore[no-untyped-call]
-    return logprobs, entropies
+    apply: Callable[..., tuple[Tensor, Tensor]] = _Selective.apply  # torch leaves it untyped
+    return apply(hidden, weight, bias, tokens, temperature, entropy_gradient)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class Maker:
                 for _ in range(_AT_ONCE):
                     workers.create_task(worker())
         except ExceptionGroup as group:
-            # One is enough to tell: what stopped the others at the same time is the same server.
+            # The first to fail, which ended the others: people are told of one problem, not of a group of them.
             raise group.exceptions[0] from None
         except asyncio.CancelledError:
             self._say(f"stopped at {tally}; the same command goes on")

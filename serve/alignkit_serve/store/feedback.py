@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import BindParameter, Connection, Row, bindparam, insert, select, update
 from sqlalchemy.sql import ColumnElement
 
 from alignkit_serve.store import annotators, metrics
@@ -298,19 +298,14 @@ class _Answers:
 
 
 # Statements that every piece of feedback needs are made once: SQLAlchemy takes longer to put one together than SQLite does to answer it.
+_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 _KEPT = (inference.c.redaction, inference.c.retention_until)
 _TARGETS = {
-    "completion": select(completion.c.id, completion.c.inference_id, *_KEPT)
-    .join(inference)
-    .where(completion.c.id.in_(bindparam("ids", expanding=True))),
-    "inference": select(inference.c.id, inference.c.id.label("inference_id"), *_KEPT).where(
-        inference.c.id.in_(bindparam("ids", expanding=True))
-    ),
-    "group": select(cmp_group.c.id, cmp_group.c.inference_id, *_KEPT)
-    .outerjoin(inference)
-    .where(cmp_group.c.id.in_(bindparam("ids", expanding=True))),
+    "completion": select(completion.c.id, completion.c.inference_id, *_KEPT).join(inference).where(completion.c.id.in_(_IDS)),
+    "inference": select(inference.c.id, inference.c.id.label("inference_id"), *_KEPT).where(inference.c.id.in_(_IDS)),
+    "group": select(cmp_group.c.id, cmp_group.c.inference_id, *_KEPT).outerjoin(inference).where(cmp_group.c.id.in_(_IDS)),
 }
-_EPISODES = select(inference.c.episode_id).where(inference.c.episode_id.in_(bindparam("ids", expanding=True))).distinct()
+_EPISODES = select(inference.c.episode_id).where(inference.c.episode_id.in_(_IDS)).distinct()
 
 
 def _targets(connection: Connection, wanted: Mapping[str, set[str]]) -> dict[tuple[str, str], tuple[str | None, bool]]:
@@ -326,10 +321,8 @@ def _targets(connection: Connection, wanted: Mapping[str, set[str]]) -> dict[tup
 
 
 _COMPARED = {
-    "group": select(cmp_candidate.c.group_id, cmp_candidate.c.completion_id).where(
-        cmp_candidate.c.group_id.in_(bindparam("ids", expanding=True))
-    ),
-    "inference": select(completion.c.inference_id, completion.c.id).where(completion.c.inference_id.in_(bindparam("ids", expanding=True))),
+    "group": select(cmp_candidate.c.group_id, cmp_candidate.c.completion_id).where(cmp_candidate.c.group_id.in_(_IDS)),
+    "inference": select(completion.c.inference_id, completion.c.id).where(completion.c.inference_id.in_(_IDS)),
 }
 
 
