@@ -66,7 +66,7 @@ def create_app(service: Service, keys: Keys, *, exports_to: Path) -> FastAPI:
     app = FastAPI(title="alignkit", version=alignkit.__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.keys, app.state.exports = service, keys, exports_to
     app.state.figures = figures = CollectorRegistry()
-    app.state.desk = Desk(service.store, figures, per_target_rpm=service.limits.feedback_per_target_rpm)
+    app.state.desk = Desk(service.scribe, figures, per_target_rpm=service.limits.feedback_per_target_rpm)
     scopes_of(ROUTERS)
     for router in ROUTERS:
         app.include_router(router)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter
 
 from alignkit_serve.admission import Meter
 from alignkit_serve.errors import ApiError, busy
-from alignkit_serve.store import Store, StoreUnavailable, feedback
+from alignkit_serve.scribe import Scribe
+from alignkit_serve.store import StoreUnavailable, feedback
 from alignkit_serve.store.feedback import Accepted, Opinion, Outcome, Refused
 
 AT_ONCE = 1000
@@ -35,13 +37,14 @@ class _Handed:
 class Desk:
     """All of it is of the event loop, and needs no lock."""
 
-    def __init__(self, store: Store, figures: CollectorRegistry, *, per_target_rpm: int) -> None:
-        self._store = store
+    def __init__(self, scribe: Scribe, figures: CollectorRegistry, *, per_target_rpm: int) -> None:
+        self._scribe = scribe
         self._per_target_rpm = per_target_rpm
         self._targets = Meter()
         self._waiting: list[_Handed] = []
         self._task: asyncio.Task[None] | None = None
-        self._counted = Counter("alignkit_feedback", "feedback by kind and by what became of it", ["kind", "outcome"], registry=figures)
+        counted = Counter("alignkit_feedback", "feedback by kind and by what became of it", ["kind", "outcome"], registry=figures)
+        self._counted = cache(counted.labels)
 
     async def add(self, opinions: Sequence[Opinion]) -> list[Outcome]:
         """What became of each, once all that was accepted is on the disk. Raises ``StoreUnavailable``."""
@@ -63,7 +66,7 @@ class Desk:
     def count(self, kind: str, outcome: Outcome | None) -> None:
         """For the figures; None: it was refused before anyone looked."""
         became = ("accepted" if outcome.new else "repeated") if isinstance(outcome, Accepted) else "refused"
-        self._counted.labels(kind, became).inc()
+        self._counted(kind, became).inc()
 
     async def _write(self) -> None:
         try:
@@ -79,7 +82,7 @@ class Desk:
     async def _write_group(self, group: Sequence[_Handed]) -> None:
         opinions = [opinion for handed in group for opinion in handed.opinions]
         try:
-            outcomes = await self._store.awrite(lambda connection: feedback.add(connection, opinions))
+            outcomes = await self._scribe.awrite(partial(feedback.add, opinions=opinions))
         # Nothing is kept back: whoever handed something in waits for this, and is given the very exception.
         except Exception as error:
             if isinstance(error, StoreUnavailable) or len(group) == 1:

@@ -73,6 +73,8 @@ def redacted(text: str) -> str:
 def kept_of(opinion: Opinion, redact: Redact) -> Opinion:
     """An opinion as it is stored: its texts redacted."""
     texts = opinion.kind in ("correction", "demonstration", "comment")
+    if not texts and opinion.rationale is None:
+        return opinion
     return replace(
         opinion,
         value=redact(opinion.value) if texts else opinion.value,

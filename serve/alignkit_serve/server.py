@@ -25,6 +25,7 @@ from alignkit_serve.browsers import is_loopback
 from alignkit_serve.protocol import Protocol
 from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Load, Roster
+from alignkit_serve.scribe import Scribe
 from alignkit_serve.service import Service
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, inferences, keys, secrets
@@ -114,12 +115,14 @@ async def opened(settings: Settings, store: Store, load: Load) -> AsyncIterator[
         click.echo(f"{swept} answers were in progress when the last server died; they are marked as aborted")
     roster = Roster(store, load, settings.models)
     secret = await store.awrite(lambda connection: secrets.secret(connection, END_USERS))
-    service = Service(store, roster, settings.limits, secret, settings.redact)
+    scribe = Scribe(settings.store)
+    service = Service(store, scribe, roster, settings.limits, secret, settings.redact)
     try:
         policy = await roster.open(settings.policy)
         yield service, policy
     finally:
         await roster.close()
+        await scribe.close()
 
 
 def _greeting(settings: Settings, policy: str) -> str:
@@ -143,6 +146,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen; then what is there stays: looking through all of it for garbage would stop every answer for a quarter of a second."""
         await super().startup(sockets)
+        await self._service.scribe.start()
         gc.collect()
         gc.freeze()
         click.echo(self._greeting)

@@ -19,6 +19,7 @@ from alignkit_serve.errors import ApiError, invalid, unavailable, unsupported
 from alignkit_serve.redaction import Redact, unchanged
 from alignkit_serve.roster import Roster, Serving
 from alignkit_serve.schemas import ChatRequest, CompletionRequest, Sampled
+from alignkit_serve.scribe import Scribe
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, annotators, new_id
 from alignkit_serve.store.feedback import UNSTORED
@@ -48,13 +49,13 @@ class Asked:
 
 
 class Service:
-    """All that a running server has: the store, the roster, who is in, and what is in progress.
+    """All that a running server has: the store, who writes to it beside the server, the roster, who is in, and what is in progress.
 
     ``secret``: under which the names of end users are hashed before they are stored. ``redact``: what becomes of texts before they are.
     """
 
-    def __init__(self, store: Store, roster: Roster, limits: Limits, secret: bytes, redact: Redact = unchanged) -> None:
-        self.store, self.roster, self.limits, self.redact = store, roster, limits, redact
+    def __init__(self, store: Store, scribe: Scribe, roster: Roster, limits: Limits, secret: bytes, redact: Redact = unchanged) -> None:
+        self.store, self.scribe, self.roster, self.limits, self.redact = store, scribe, roster, limits, redact
         self.admission = Admission(limits)
         self.answers: set[Answers] = set()
         self._secret = secret

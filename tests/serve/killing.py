@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import psutil
 from sqlalchemy import select
 
 from alignkit_serve.store import Store, keys
@@ -63,6 +64,11 @@ for url in sys.stdin:
                 ids = [each["feedback"]["id"] for each in response.json()["data"]]
         except httpx.HTTPError:
             break
+        except KeyError:
+            # The process that stores it died: whether it was stored is not known until it is sent again.
+            assert response.status_code == 503, response.text
+            i -= 1
+            continue
         assert response.status_code in (200, 201), response.text
         os.write(written, "".join(f"{k} {body['target_id']} {id}\\n" for k, body, id in zip(mine, bodies, ids)).encode())
         os.fsync(written)
@@ -105,6 +111,9 @@ def killed(url: str, folder: Path, rounds: int, seed: int = 0) -> Toll:
             print(at, file=client.stdin, flush=True)
         until(lambda before=before: _size(log) > before)
         time.sleep(draw.uniform(0.0, 0.5))
+        if draw.random() < 0.5:
+            _scribe(server.pid).kill()
+            time.sleep(draw.uniform(0.0, 1.5))
         server.kill()
         server.wait(60)
         for client in clients:
@@ -114,6 +123,12 @@ def killed(url: str, folder: Path, rounds: int, seed: int = 0) -> Toll:
         client.communicate(timeout=60)
     told = [line.split() for path in log.iterdir() for line in path.read_text().splitlines() if line.count(" ") == 2]
     return _toll(url, folder, key, told)
+
+
+def _scribe(server: int) -> psutil.Process:
+    """The server's process that stores feedback: the only one that it has."""
+    (found,) = psutil.Process(server).children()
+    return found
 
 
 def _size(log: Path) -> int:

@@ -20,6 +20,7 @@ from sqlalchemy import func, select
 
 from alignkit_serve.desk import Desk
 from alignkit_serve.passes import Pass, read
+from alignkit_serve.scribe import Scribe
 from alignkit_serve.settings import Limits
 from alignkit_serve.store import Store, StoreError, keys, new_id
 from alignkit_serve.store.feedback import Opinion
@@ -520,21 +521,30 @@ def test_what_was_taken_and_what_was_not_is_counted_by_kind(server: Running, cli
 
 def test_when_the_store_fails_nothing_is_acknowledged(server: Running, client: httpx.Client) -> None:
     (completion,) = completions(answer(client))
-    server.store.close()
-    response = post(client, thumb(completion))
+    locked = server.store.write(lambda connection: time.sleep(7.0))  # longer than anybody waits for a lock
+    response = post(client, thumb(completion), "k")
     assert refused(response)[:2] == (503, "store_unavailable")
     assert response.headers["Retry-After"]
+    locked.result(60)
+    assert rows(server) == 0
+    assert post(client, thumb(completion), "k").status_code == 201
 
 
 def test_what_cannot_be_stored_is_told_to_its_sender_and_harms_nobody_who_was_written_with_it(tmp_path: Path) -> None:
-    async def both(store: Store, good: Opinion, bad: Opinion) -> list[Any]:
-        desk = Desk(store, CollectorRegistry(), per_target_rpm=10)
-        return await asyncio.gather(*(desk.add([opinion]) for opinion in (good, bad, good)), return_exceptions=True)
+    url = f"sqlite:///{tmp_path / 'store.db'}"
 
-    with Store.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+    async def both(good: Opinion, bad: Opinion) -> list[Any]:
+        scribe = Scribe(url)
+        desk = Desk(scribe, CollectorRegistry(), per_target_rpm=10)
+        try:
+            return await asyncio.gather(*(desk.add([opinion]) for opinion in (good, bad, good)), return_exceptions=True)
+        finally:
+            await scribe.close()
+
+    with Store.open(url) as store:
         _, completion_id = one_answer(store)
-        good, bad = a_thumb(completion_id, idem_key="a"), a_thumb(completion_id, idem_key="b", value=float("nan"))
-        first, broken, again = asyncio.run(both(store, good, bad))
-        assert isinstance(broken, StoreError)
-        assert (first[0].new, again[0].new) == (True, False)
-        assert again[0].feedback.id == first[0].feedback.id
+    good, bad = a_thumb(completion_id, idem_key="a"), a_thumb(completion_id, idem_key="b", value=float("nan"))
+    first, broken, again = asyncio.run(both(good, bad))
+    assert isinstance(broken, StoreError)
+    assert (first[0].new, again[0].new) == (True, False)
+    assert again[0].feedback.id == first[0].feedback.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from alignkit_serve.auth import Admin, Caller, Giver, Judge, Keys, Reader
 from alignkit_serve.desk import Desk, refusal
@@ -45,14 +46,15 @@ router = APIRouter(prefix="/v1/feedback", route_class=_Route)
 
 Key = Annotated[IdempotencyKey | None, Header(alias="Idempotency-Key")]
 
-_ITEM: TypeAdapter[Any] = TypeAdapter(Judgement)
-_ITEMS_KEY: TypeAdapter[str] = TypeAdapter(IdempotencyKey)
+_JUDGEMENT: TypeAdapter[Any] = TypeAdapter(Judgement)
+_KEY: TypeAdapter[str] = TypeAdapter(IdempotencyKey, config=ConfigDict(strict=True))
 
 
 @router.post("", status_code=201)
-async def add(request: Request, body: Judgement, caller: Judge, key: Key = None) -> Response:
+async def add(request: Request, caller: Judge) -> Response:
     """Say something of an answer; under the same ``Idempotency-Key`` it is said once, however often it is sent."""
-    said = kept_of(opinion(body, caller.author, caller.within, key), serving(request).redact)
+    # Not by FastAPI's parameters, as elsewhere: finding these two takes it as long as all else that happens to a piece of feedback.
+    said = _single(request, caller, await _json(request))
     _admit(request, caller, said)
     (outcome,) = await _desk(request).add([said])
     return _answer(outcome)
@@ -180,21 +182,56 @@ def _admit(request: Request, caller: Caller, said: Opinion) -> None:
         raise
 
 
+async def _json(request: Request) -> Any:
+    """The body. Raises ``RequestValidationError``."""
+    kind, _, _ = request.headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise RequestValidationError([_wrong("the body must be JSON, sent as Content-Type: application/json")])
+    try:
+        return await request.json()
+    except json.JSONDecodeError as error:
+        raise RequestValidationError([{"type": "json_invalid", "loc": ("body", error.pos), "ctx": {"error": error.msg}}]) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise RequestValidationError([_wrong(f"the body cannot be read as JSON: {error}")]) from error
+
+
+def _wrong(message: str) -> dict[str, Any]:
+    return {"type": "value_error", "loc": ("body",), "msg": message}
+
+
+def _single(request: Request, caller: Caller, body: Any) -> Opinion:
+    """What a request says. Raises ``RequestValidationError``."""
+    wrong: list[Any] = []
+    key = request.headers.get("idempotency-key")
+    try:
+        if key is not None:
+            _KEY.validate_python(key)
+    except ValidationError as error:
+        wrong = [{**each, "loc": ("header", "Idempotency-Key")} for each in error.errors()]
+    try:
+        said = _opinion(request, caller, body, key)
+    except ValidationError as error:
+        wrong += _in_body(error)
+    if wrong:
+        raise RequestValidationError(wrong, body=body)
+    return said
+
+
 def _read(request: Request, caller: Caller, item: Mapping[str, Any]) -> Opinion | ApiError:
     """What an item of a batch says, or what is wrong with it."""
     said = {name: value for name, value in item.items() if name != "idempotency_key"}
     kind = said.get("kind")
     try:
-        key = _ITEMS_KEY.validate_python(item.get("idempotency_key"), strict=True)
+        key = _KEY.validate_python(item.get("idempotency_key"))
     except ValidationError:
         message = "an item needs an idempotency_key, of 1 to 255 characters, under which it is stored once however often the batch is sent"
         found = ApiError(400, "invalid_request", message, param="idempotency_key")
     else:
         try:
-            one = kept_of(opinion(_ITEM.validate_python(said, strict=True), caller.author, caller.within, key), serving(request).redact)
+            one = _opinion(request, caller, said, key)
             _desk(request).meter(one.target_id)
         except ValidationError as error:
-            message, param = problems([_untagged({**each, "loc": ("body", *each["loc"])}) for each in error.errors()])
+            message, param = problems([_untagged(each) for each in _in_body(error)])
             found = ApiError(400, "invalid_request", message, param=param)
         except ApiError as error:
             found = error
@@ -202,6 +239,15 @@ def _read(request: Request, caller: Caller, item: Mapping[str, Any]) -> Opinion 
             return one
     _desk(request).count(kind if kind in KINDS else "unknown", None)
     return found
+
+
+def _opinion(request: Request, caller: Caller, said: Any, key: str | None) -> Opinion:
+    """As it will be stored. Raises ``ValidationError``."""
+    return kept_of(opinion(_JUDGEMENT.validate_python(said), caller.author, caller.within, key), serving(request).redact)
+
+
+def _in_body(error: ValidationError) -> list[Any]:
+    return [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
 
 
 def _untagged(problem: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import BindParameter, Connection, Row, bindparam, insert, select, update
+from sqlalchemy import BindParameter, Connection, Row, Text, bindparam, insert, select, update
 from sqlalchemy.sql import ColumnElement
 
 from alignkit_serve.store import annotators, metrics
 from alignkit_serve.store.annotators import Author
 from alignkit_serve.store.ids import new_id
-from alignkit_serve.store.tables import cmp_candidate, cmp_group, completion, feedback, fields_of, inference, rank_entry
+from alignkit_serve.store.tables import Words, cmp_candidate, cmp_group, completion, feedback, fields_of, inference, rank_entry
 from alignkit_serve.store.values import clean, json_text, plain
 
 Kind = Literal["thumb", "rating", "metric", "preference", "ranking", "correction", "demonstration", "comment", "flag"]
@@ -386,9 +386,15 @@ def _row(opinion: Opinion, digest: str, annotator_id: str, inference_id: str | N
     )
 
 
+# An opinion that is ``storable`` has nothing left in it for ``Words`` to replace.
+_INSERT = insert(feedback).values(
+    {name: bindparam(name, type_=Text() if isinstance(column.type, Words) else column.type) for name, column in feedback.c.items()}
+)
+
+
 def _insert(connection: Connection, rows: Sequence[Feedback]) -> None:
     if rows:
-        connection.execute(insert(feedback), [fields_of(row) for row in rows])
+        connection.execute(_INSERT, [fields_of(row) for row in rows])
     places = [
         {"feedback_id": row.id, "completion_id": id, "rank": rank}
         for row in rows
