@@ -201,20 +201,16 @@ def _wrong(message: str) -> dict[str, Any]:
 
 def _single(request: Request, caller: Caller, body: Any) -> Opinion:
     """What a request says. Raises ``RequestValidationError``."""
-    wrong: list[Any] = []
     key = request.headers.get("idempotency-key")
     try:
         if key is not None:
             _KEY.validate_python(key)
     except ValidationError as error:
-        wrong = [{**each, "loc": ("header", "Idempotency-Key")} for each in error.errors()]
+        raise RequestValidationError([{**each, "loc": ("header", "Idempotency-Key")} for each in error.errors()], body=body) from error
     try:
-        said = _opinion(request, caller, body, key)
+        return _opinion(request, caller, body, key)
     except ValidationError as error:
-        wrong += _in_body(error)
-    if wrong:
-        raise RequestValidationError(wrong, body=body)
-    return said
+        raise RequestValidationError(_in_body(error), body=body) from error
 
 
 def _read(request: Request, caller: Caller, item: Mapping[str, Any]) -> Opinion | ApiError:
