@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter
 
 from alignkit_serve.admission import Meter
 from alignkit_serve.errors import ApiError, busy
 from alignkit_serve.scribe import Scribe
-from alignkit_serve.store import StoreUnavailable, feedback
+from alignkit_serve.store import StoreUnavailable
 from alignkit_serve.store.feedback import Accepted, Opinion, Outcome, Refused
 
 AT_ONCE = 1000
@@ -82,7 +82,7 @@ class Desk:
     async def _write_group(self, group: Sequence[_Handed]) -> None:
         opinions = [opinion for handed in group for opinion in handed.opinions]
         try:
-            outcomes = await self._scribe.awrite(partial(feedback.add, opinions=opinions))
+            outcomes = await self._scribe.add(opinions)
         # Nothing is kept back: whoever handed something in waits for this, and is given the very exception.
         except Exception as error:
             if isinstance(error, StoreUnavailable) or len(group) == 1:

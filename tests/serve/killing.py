@@ -114,8 +114,11 @@ def killed(url: str, folder: Path, rounds: int, seed: int = 0) -> Toll:
         if draw.random() < 0.5:
             _scribe(server.pid).kill()
             time.sleep(draw.uniform(0.0, 1.5))
+        scribes = psutil.Process(server.pid).children()
         server.kill()
         server.wait(60)
+        _, left = psutil.wait_procs(scribes, timeout=60)
+        assert not left, "it outlives its server"
         for client in clients:
             assert client.stdout is not None
             assert client.stdout.readline() == "it is gone\n"
@@ -175,8 +178,11 @@ def _toll(url: str, folder: Path, key: str, told: list[list[str]]) -> Toll:
                     assert result["status"] == 200, result
                     ids_of[str(item["idempotency_key"])].add(result["feedback"]["id"])
     finally:
+        scribes = psutil.Process(server.pid).children()
         server.kill()
         server.wait(60)
+        _, left = psutil.wait_procs(scribes, timeout=60)
+        assert not left, "it outlives its server"
     with Store.open(url) as store:
         rows = store.read(lambda connection: list(connection.scalars(select(feedback.c.idem_key))))
     told_ids = {id for _, _, id in told}
