@@ -134,6 +134,8 @@ def _stored(engine: Engine, name: str, opinions: bytes) -> list[Outcome] | _Fail
         return _Failed("unavailable", f"{error}; this was not written")
     except StoreError as error:
         return _Failed("refused", str(error))
+    # A mistake of alignkit's: it is raised at the server's end, with this traceback, for those whose opinions these were. The process stays
+    # for all others, whose opinions are sent again one by one.
     except Exception:
         return _Failed("mistake", traceback.format_exc())
 
