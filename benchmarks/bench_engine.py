@@ -43,7 +43,7 @@ def rollout(
     logprobs = torch.zeros(batch.ids.shape)
     for i, events in enumerate(drawn):
         logprobs[i, batch.loss_mask[i]] = torch.tensor([event.logprob for event in events])
-    return Rollout(samples, batch, logprobs, exact=policy.exact and kernels.chosen().decode == "torch", policy_version=policy.version)
+    return Rollout(samples, batch, logprobs, exact=policy.exact and kernels.chosen().exact, policy_version=policy.version)
 
 
 def decode(model: Decoding, prompts: Sequence[PromptRow], lengths: Sequence[int], *, step: int) -> list[list[Event]]:

@@ -7,8 +7,9 @@ second; a run keeps what was found in ``run.json`` and goes on with it, since an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,20 +18,35 @@ from torch import Tensor, nn
 Product = Callable[[Tensor], Tensor]
 """From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
 
+Decode = Literal["torch", "transposed", "packed"]
+
 _CLEARLY = 1.5
 """What is chosen must not hang on a measurement's noise, since the same run would round differently the next day, and must be worth it:
-log-probabilities recorded with products that are not the trainer's own are computed anew before they are trained on."""
+log-probabilities recorded with repacked weights are computed anew before they are trained on."""
+
+_NOTICEABLY = 1.2
+"""What costs neither memory nor trust need not be worth so much."""
+
+_FEW = 64
+"""Up to so many rows ``transposed`` is the faster way round."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """``linear``: float32 products of many rows, with gradients. ``decode``: of few rows, the weight repacked once and used many times.
-    ``bfloat16``: whether products in bfloat16 are faster than in float32.
+    """``linear``: float32 products of many rows, with gradients. ``decode``: of few rows, as they are, as weight @ x.T, or with a weight
+    that is repacked once and used many times. ``bfloat16``: whether products in bfloat16 are faster than in float32.
     """
 
     linear: Literal["torch", "onednn"] = "torch"
-    decode: Literal["torch", "packed"] = "torch"
+    decode: Decode = "torch"
     bfloat16: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether generation rounds as closely to the training forward as that does to itself. oneDNN adds up in longer runs than
+        torch's own products, and a sequence may amplify that.
+        """
+        return self.decode != "packed"
 
 
 _chosen: Kernels | None = None
@@ -52,40 +68,55 @@ def chosen() -> Kernels:
 
 @torch.inference_mode()
 def probe() -> Kernels:
-    """Try the ways of multiplying on this machine, for less than half a second."""
+    """Try the ways of multiplying on this machine, for about a second."""
     if torch.cuda.is_available():
         return Kernels(bfloat16=torch.cuda.is_bf16_supported())
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1536, 576, generator=generator)
-    many, few = torch.randn(512, 576, generator=generator), torch.randn(16, 576, generator=generator)
+    many, few = torch.randn(512, 576, generator=generator), [torch.randn(rows, 576, generator=generator) for rows in (4, 16)]
     slope = torch.randn(512, 1536, generator=generator)
 
     # x, the gradient to it and that to the weight: what a training step is made of.
     factors = (many, weight), (slope, weight.t()), (slope.t(), many.t())
-    halves = [(left.bfloat16(), right.bfloat16()) for left, right in factors]
-    plain, half = _seconds(
-        lambda: [nn.functional.linear(*pair) for pair in factors],
-        lambda: [nn.functional.linear(*pair) for pair in halves],
-    )
-    bfloat16 = plain > _CLEARLY * half
-    if not _has_onednn(many, weight):
-        return Kernels(bfloat16=bfloat16)
-    plain, onednn = _seconds(
-        lambda: [nn.functional.linear(*pair) for pair in factors],
-        lambda: [_onednn(*pair) for pair in factors],
-    )
-    # As in decoding, where every weight comes from memory: more of them than a cache holds.
+    bfloat16 = False
+    if _has_bfloat16():  # without instructions for it, it is slower by a factor, and so would be the trying
+        halves = [(left.bfloat16(), right.bfloat16()) for left, right in factors]
+        plain, half = _seconds(
+            lambda: [nn.functional.linear(*pair) for pair in factors],
+            lambda: [nn.functional.linear(*pair) for pair in halves],
+        )
+        bfloat16 = plain > _CLEARLY * half
+    # As in decoding, where rows leave, and every weight comes from memory: more of them than a cache holds.
     weights = [weight + i for i in range(24)]
-    repacked = [_packed(each) for each in weights]
-    unpacked, packed = _seconds(
-        lambda: [nn.functional.linear(few, each) for each in weights],
-        lambda: [_onednn(few, each) for each in repacked],
-    )
-    return Kernels(
-        linear="onednn" if plain > _CLEARLY * onednn else "torch",
-        decode="packed" if unpacked > _CLEARLY * packed else "torch",
-        bfloat16=bfloat16,
-    )
+    ways: dict[Decode, list[Product]] = {
+        "torch": [partial(nn.functional.linear, weight=each) for each in weights],
+        "transposed": [partial(_transposed, weight=each) for each in weights],
+    }
+    linear: Literal["torch", "onednn"] = "torch"
+    if _has_onednn(many, weight):
+        plain, onednn = _seconds(
+            lambda: [nn.functional.linear(*pair) for pair in factors],
+            lambda: [_onednn(*pair) for pair in factors],
+        )
+        linear = "onednn" if plain > _CLEARLY * onednn else "torch"
+        ways["packed"] = [partial(_onednn, weight=_packed(each)) for each in weights]
+    seconds = dict(zip(ways, _seconds(*(partial(_each, way, few) for way in ways.values())), strict=True))
+    return Kernels(linear=linear, decode=_fastest(seconds), bfloat16=bfloat16)
+
+
+def _each(products: Sequence[Product], inputs: Sequence[Tensor]) -> None:
+    for x in inputs:
+        for multiply in products:
+            multiply(x)
+
+
+def _fastest(seconds: Mapping[Decode, float]) -> Decode:
+    """The way to decode: each must be clearly better than what is nearer to the trainer's own."""
+    best: Decode = "torch"
+    for way in ("transposed", "packed"):
+        if way in seconds and seconds[best] > (_CLEARLY if way == "packed" else _NOTICEABLY) * seconds[way]:
+            best = way
+    return best
 
 
 def for_serving() -> Kernels:
@@ -111,6 +142,12 @@ def _seconds(*works: Callable[[], object]) -> list[float]:
     return [min(seconds) for seconds in found]
 
 
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias the other way round, in which torch's library is the faster one where x has few rows."""
+    out = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
+    return out.t().contiguous()
+
+
 def _has_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's products, which torch does not export, are there and right."""
     want = nn.functional.linear(x, weight)
@@ -132,9 +169,9 @@ def _of_two_rows_or_more(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
     return _onednn(x, packed, bias) if len(x) > 1 else _onednn(torch.cat((x, x)), packed, bias)[:1]
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN reorders weights of ``dtype`` on this processor: it needs more than AVX2 for bfloat16."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+def _has_bfloat16() -> bool:
+    """Whether oneDNN is there and this processor has instructions of bfloat16 for it: it needs more than AVX2."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -186,7 +223,9 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    if weight.device.type == "cpu" and chosen().decode == "packed" and _packs(dtype):
+    if weight.device.type == "cpu" and chosen().decode == "packed" and (dtype == torch.float32 or _has_bfloat16()):
         packed = _packed(weight)
         return lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias)
+    if weight.device.type == "cpu" and chosen().decode == "transposed" and dtype == torch.float32:
+        return lambda x: (_transposed if len(x) <= _FEW else nn.functional.linear)(x.to(dtype), weight, bias)
     return lambda x: nn.functional.linear(x.to(dtype), weight, bias)

@@ -55,6 +55,5 @@ class LocalEngine:
         logprobs = torch.zeros(batch.ids.shape)
         for i, number in enumerate(numbers):
             logprobs[i, batch.loss_mask[i]] = torch.tensor([event.logprob for event in drawn[number]])
-        # Repacked weights round differently, and a sequence may amplify that: the trainer then computes its own log-probabilities.
-        exact = policy.exact and kernels.chosen().decode == "torch"
+        exact = policy.exact and kernels.chosen().exact
         return Rollout(tuple(samples), batch, logprobs, exact=exact, policy_version=policy.version)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from alignkit.data.collate import collate
 from alignkit.models import kernels
-from alignkit.models.kernels import Kernels, OneDNNLinear, install, probe, product, use
+from alignkit.models.kernels import Decode, Kernels, OneDNNLinear, install, probe, product, use
 from alignkit.rollout import LocalEngine
 from alignkit.types import Message, Prompt, PromptRow, Sampling, TokenRow
 from tests.fakes import ARCHITECTURES, tiny_policy
@@ -31,15 +30,29 @@ def test_a_probe_says_what_run_json_can_keep() -> None:
     assert Kernels(**dataclasses.asdict(found)) == found
 
 
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        ({"torch": 1.0, "transposed": 0.9}, "torch"),  # within a measurement's noise
+        ({"torch": 1.0, "transposed": 0.8}, "transposed"),
+        ({"torch": 1.0, "transposed": 0.8, "packed": 0.6}, "transposed"),  # not worth the memory, nor what it costs to compute anew
+        ({"torch": 1.0, "transposed": 0.8, "packed": 0.5}, "packed"),
+        ({"torch": 1.0, "transposed": 1.2, "packed": 0.7}, "torch"),
+    ],
+)
+def test_decoding_takes_another_way_where_that_is_clearly_faster(seconds: dict[Decode, float], fastest: Decode) -> None:
+    assert kernels._fastest(seconds) == fastest
+
+
 def test_a_process_computes_with_what_it_was_told() -> None:
     use(Kernels(linear="onednn"))
     assert kernels.chosen().linear == "onednn"
 
 
-@pytest.mark.parametrize("decode", ["torch", "packed"])
+@pytest.mark.parametrize("decode", ["torch", "transposed", "packed"])
 @pytest.mark.parametrize("bias", [True, False])
-@given(rows=st.integers(1, 40), width=st.integers(1, 70), out=st.integers(1, 70))
-def test_a_prepared_product_is_the_linear_layer(decode: Literal["torch", "packed"], bias: bool, rows: int, width: int, out: int) -> None:
+@given(rows=st.integers(1, 80), width=st.integers(1, 70), out=st.integers(1, 70))
+def test_a_prepared_product_is_the_linear_layer(decode: Decode, bias: bool, rows: int, width: int, out: int) -> None:
     use(Kernels(decode=decode))
     layer, x = nn.Linear(width, out, bias=bias), torch.randn(rows, width)
     with torch.inference_mode():
@@ -91,8 +104,8 @@ def test_a_layer_of_another_kind_is_left_alone() -> None:
         assert model[0](torch.randn(2, 3)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("decode", "exact"), [("torch", True), ("packed", False)])
-def test_what_was_recorded_with_other_products_than_the_trainers_is_not_trusted(decode: Literal["torch", "packed"], exact: bool) -> None:
+@pytest.mark.parametrize(("decode", "exact"), [("torch", True), ("transposed", True), ("packed", False)])
+def test_what_was_recorded_with_other_products_than_the_trainers_is_not_trusted(decode: Decode, exact: bool) -> None:
     use(Kernels(decode=decode))
     policy = tiny_policy()
     prompt = Prompt("p", (Message("user", "hello"),), plain=True)
