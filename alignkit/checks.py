@@ -54,7 +54,8 @@ def padding_changes_nothing(scores: Callable[[TokenBatch], Tensor], batch: Token
     """A reward is the same with more padding: ``scores`` maps a batch to a figure [b] of each row."""
     import torch
 
-    wide = TokenBatch(*(torch.nn.functional.pad(x, (0, 8)) for x in (batch.ids, batch.mask, batch.loss_mask)))
+    ids, mask, loss_mask = (torch.nn.functional.pad(x, (0, 8)) for x in (batch.ids, batch.mask, batch.loss_mask))
+    wide = TokenBatch(ids, mask, loss_mask)
     with torch.no_grad():
         plain, padded = scores(batch), scores(wide)
     # A sum over wider rows rounds in another order: that much, relative to the size of the scores, is allowed.

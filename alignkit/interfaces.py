@@ -32,12 +32,23 @@ class TokenBatch:
     Masks come from lengths, never from ids: a pad id may equal the end-of-sequence id.
     ``positions`` [b t] int64: where each token stands in its document; a document begins at every 0, and sees nothing of its neighbours
     in the row. None: each row is one document.
+    ``below``: what the lowest layers of some models make of the batch, if that is known.
     """
 
     ids: Tensor
     mask: Tensor
     loss_mask: Tensor
     positions: Tensor | None = None
+    below: Below | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """``states`` [b t d] of a batch behind the lowest ``depth`` layers of ``models``, whose forwards may begin there."""
+
+    states: Tensor
+    models: tuple[Any, ...]
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch
 from alignkit.models import kernels
+from alignkit.models.blocks import blocks, instead
 
 _NAME = "alignkit"
 _OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -184,7 +185,12 @@ def hidden_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Last hidden states [n d] of a batch's tokens in line, and where in it each place of the batch [b t] is found."""
     device = next(model.parameters()).device
     layout = lay_out(batch).to(device)
-    return run(model, batch.ids.to(device).flatten()[layout.tokens], layout.positions, layout), layout.line
+    ids, below = batch.ids.to(device).flatten()[layout.tokens], batch.below
+    if below is None or all(model is not one for one in below.models):
+        return run(model, ids, layout.positions, layout), layout.line
+    known = below.states.to(device).flatten(0, 1)[layout.tokens][None]
+    with instead(dict.fromkeys(blocks(model)[: below.depth], lambda *_, **__: known)):
+        return run(model, ids, layout.positions, layout), layout.line
 
 
 def prepare(model: Any) -> None:

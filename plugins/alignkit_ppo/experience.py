@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -42,8 +42,10 @@ class Experience:
 
 def batch_rows(batch: TokenBatch, index: Sequence[int]) -> TokenBatch:
     """Some rows, without the columns that are padding in all of them."""
-    width = _width(batch, index)
-    return TokenBatch(*(x[list(index), :width] for x in (batch.ids, batch.mask, batch.loss_mask)))
+    width, chosen = _width(batch, index), list(index)
+    below = batch.below and replace(batch.below, states=batch.below.states[chosen, :width])
+    ids, mask, loss_mask = (x[chosen, :width] for x in (batch.ids, batch.mask, batch.loss_mask))
+    return TokenBatch(ids, mask, loss_mask, below=below)
 
 
 def _width(batch: TokenBatch, index: Sequence[int]) -> int:

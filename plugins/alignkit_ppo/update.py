@@ -19,6 +19,7 @@ from alignkit.data.collate import length_buckets
 from alignkit.data.pretraining import PretrainingStream
 from alignkit.guards.finite import finite_rows
 from alignkit.learner import Learner, Share
+from alignkit.models.trunk import shared_trunk
 from alignkit.ops.advantages import gae, kl_penalized_rewards, penalize_missing_eos
 from alignkit.ops.correction import bounded_weights, mismatch, sequence_weights, truncated_weights
 from alignkit.ops.kl import adaptive_kl_coef, k1, k3, sequence_kl
@@ -49,6 +50,8 @@ class PPO:
         same = context.reference == context.start
         self._reference = self._policy.reference() if same else context.load_policy(context.reference, False)
         self._critic = _critic(config, context)
+        others = (self._reference.module, self._critic.backbone)
+        self._trunk = shared_trunk(self._policy.module, *others, exact=self._policy.exact)
         self._steps = config.epochs * config.minibatches  # of one iteration, unless it is stopped early
         iterations = context.plan.steps
         guard, warm = context.guard, iterations - config.critic_warmup
@@ -99,6 +102,8 @@ class PPO:
         # A sample without a score is not an example of anything: none of its tokens counts.
         mask = rollout.batch.loss_mask & (has_score & sound)[:, None]
         batch = TokenBatch(rollout.batch.ids, rollout.batch.mask, mask)
+        if self._trunk and self._trunk.fits(batch):
+            batch = self._trunk.under(batch, self._each(batch, self._trunk.states))
         reference = self._each(batch, lambda part: self._reference.score_tokens(part, temperature=config.temperature).logprobs)
         critic = self._each(batch, self._critic.values)
         recorded = torch.where(mask, rollout.logprobs, 0.0)
@@ -260,11 +265,13 @@ class PPO:
                 yield part.tolist()
 
     def _each(self, batch: TokenBatch, figure: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """``figure`` [b t] of all rows, computed a microbatch at a time."""
-        whole = torch.zeros(batch.ids.shape)
+        """``figure`` [b t ...] of all rows, computed a microbatch at a time."""
+        whole = torch.empty(0)
         for index in length_buckets(batch.mask.sum(dim=1).tolist(), self._config.microbatch_tokens):
             part = batch_rows(batch, index)
-            whole[index, : part.ids.shape[1]] = figure(part).float().cpu()
+            found = figure(part).float().cpu()
+            whole = whole if len(whole) else torch.zeros(*batch.ids.shape, *found.shape[2:])
+            whole[index, : part.ids.shape[1]] = found
         return whole
 
     def _parts(self) -> Mapping[str, Stateful]:

@@ -19,7 +19,7 @@ from alignkit.rollout import LocalEngine
 from alignkit.settings import Component
 from alignkit.testing import make_context
 from alignkit.types import Message, Prompt, PromptRow, Sample, Sampling, Score
-from alignkit_ppo import CorrectionConfig, CriticConfig, KLConfig, PPOConfig, PtxConfig, plan
+from alignkit_ppo import CorrectionConfig, CriticConfig, KLConfig, PPOConfig, PtxConfig, plan, update
 from alignkit_ppo.update import PPO
 
 TINY = TinyLMConfig(hidden_size=32, layers=2, heads=2, positions=128)
@@ -87,6 +87,30 @@ def test_lora_shares_its_base_with_the_reference(tmp_path: Path) -> None:
     second = ppo.update(scored(ppo, SMALL, step=1))
     assert abs(first["kl/sequence_nats"]) < 1e-5
     assert second["kl/sequence_nats"] != 0.0
+
+
+def test_frozen_layers_are_computed_once_an_iteration_and_the_update_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = replace(TINY, tuning=TuningConfig(kind="lora", rank=4, top_layers=1))
+    config = replace(SMALL, epochs=2)
+    found, forwards = [], []
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(update, "shared_trunk", lambda *models, exact: None)
+        ppo = make(tmp_path / str(share), config, top)
+        counts: list[int] = []
+        for model in (ppo._policy.module, ppo._critic.backbone):
+            model.base_model.layers[0].self_attn.register_forward_hook(lambda *_, counts=counts: counts.append(1))
+        batch = scored(ppo, config)
+        counts.clear()
+        metrics = ppo.update(batch)
+        forwards.append(len(counts))
+        found.append((metrics, weights(ppo)))
+    # One microbatch; otherwise: reference, critic, and six minibatches of both.
+    assert forwards == [1, 14]
+    (ours, shared), (theirs, plain) = found
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    for name, weight in plain.items():
+        assert torch.allclose(shared[name], weight, atol=2e-5), name
 
 
 @pytest.mark.parametrize(
