@@ -171,12 +171,18 @@ def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
 
 
 def load_policy(work: Work, told: Mapping[str, Any], trainable: bool) -> Any:
-    tuning = TuningConfig(activation_checkpointing=told.get("checkpointing", False))
-    return causal_lm.load(Path(work.model), tuning=tuning, precision=told["precision"], trainable=trainable, seed=0)
+    return causal_lm.load(Path(work.model), tuning=tuning(told), precision=told["precision"], trainable=trainable, seed=0)
 
 
 def load_scalar_model(work: Work, told: Mapping[str, Any], trainable: bool) -> Any:
-    return load_scalar(Path(work.model), tuning=TuningConfig(), precision=told["precision"], trainable=trainable, seed=0)
+    return load_scalar(Path(work.model), tuning=tuning(told), precision=told["precision"], trainable=trainable, seed=0)
+
+
+def tuning(told: Mapping[str, Any]) -> TuningConfig:
+    """All weights, or with ``top_layers`` adapters in so many of them."""
+    layers = told.get("top_layers", 0)
+    checkpointing = told.get("checkpointing", False)
+    return TuningConfig(kind="lora" if layers else "full", top_layers=layers, activation_checkpointing=checkpointing)
 
 
 def scorer(work: Work, told: Mapping[str, Any]) -> Callable[[list[TokenRow]], list[float]]:

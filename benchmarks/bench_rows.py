@@ -251,7 +251,7 @@ def lever_groups(model: str) -> list[Group]:
         ("logits_where_scored", text, "sft", "logits_everywhere"),
         ("logits_kept", text, "sft", "logits_made_twice"),
         ("fused_adamw", text, "sft", "loop_adamw"),
-        ("weights_repacked", drawn, "generate", "plain_weights"),
+        ("decode_products", drawn, "generate", "plain_weights"),
         ("llama_forward", drawn, "generate", "general_forward"),
         ("rows_leave", many, "generate", "rows_that_stay"),
     ]
@@ -282,4 +282,11 @@ def lever_groups(model: str) -> list[Group]:
         if name == "lever_activations_kept":
             rows.append(Row(name="lever_activations_kept_memory", precision="fp32", metric="memory"))
         groups.append(Group(work=work, sides={"alignkit": ours(task), "peer": off}, rows=tuple(rows)))
+    each_time = ours("ppo", label="alignkit, layers each time", top_layers=10, patches=["benchmarks.levers:layers_computed_each_time"])
+    groups.append(
+        Group(
+            work=Work(model=model, **REAL_PPO), sides={"alignkit": ours("ppo", top_layers=10), "peer": each_time},
+            rows=(Row(name="lever_frozen_layers_once", precision="fp32", note="adapters in the uppermost 10 of 30 layers"),),
+        )
+    )  # fmt: skip
     return groups

@@ -16,6 +16,7 @@ import alignkit.ops.logprobs as logprobs
 from alignkit.interfaces import TokenBatch, TokenScores
 from alignkit.models import causal_lm, kernels
 from alignkit.rollout.decoder import Decoder
+from alignkit_ppo import update
 
 
 def computed_padding() -> None:
@@ -65,6 +66,11 @@ def loop_adamw() -> None:
         return plain(*weights, **{**options, "fused": False, "foreach": False})
 
     _put(torch.optim, AdamW=unfused)
+
+
+def layers_computed_each_time() -> None:
+    """Frozen layers are computed by every forward through them."""
+    _put(update, shared_trunk=lambda *models, exact: None)
 
 
 def plain_weights() -> None:
