@@ -43,8 +43,8 @@ class Kernels:
 
     @property
     def exact(self) -> bool:
-        """Whether generation rounds as closely to the training forward as that does to itself. oneDNN adds up in longer runs than
-        torch's own products, and a sequence may amplify that.
+        """Whether log-probabilities recorded while sampling may be trusted: repacked weights round differently from the trainer's
+        products, and a sequence may amplify that.
         """
         return self.decode != "packed"
 
