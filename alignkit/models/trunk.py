@@ -45,7 +45,7 @@ class Trunk:
 
         first, *rest = blocks(model)[self._depth :]
         device = next(model.parameters()).device
-        with instead({first: keep, **dict.fromkeys(rest, _nothing)}), autocast("float32" if self._exact else "bfloat16", device):
+        with instead({first: keep, **dict.fromkeys(rest, _pass_through)}), autocast("float32" if self._exact else "bfloat16", device):
             _, line = hidden_states(model, batch)
         states: Tensor = found[0][line]
         return states
@@ -64,12 +64,12 @@ def shared_trunk(model: Any, *others: Any, exact: bool) -> Trunk | None:
     depth = next((i for i, layer in enumerate(layers) if any(weight.requires_grad for weight in layer.parameters())), 0)
     if not depth:
         return None
-    own = _frozen(model, depth)
+    own = _weights_below(model, depth)
     if any(weight.requires_grad for weight in own.values()):
         return None
     sharing = [model]
     for other in others:
-        theirs = _frozen(other, depth) if len(blocks(other)) == len(layers) else {}
+        theirs = _weights_below(other, depth) if len(blocks(other)) == len(layers) else {}
         if theirs.keys() == own.keys() and all(torch.equal(weight, own[name]) for name, weight in theirs.items()):
             for name, weight in theirs.items():
                 weight.data = own[name].data
@@ -77,11 +77,11 @@ def shared_trunk(model: Any, *others: Any, exact: bool) -> Trunk | None:
     return Trunk(tuple(sharing), depth, exact=exact)
 
 
-def _frozen(model: Any, depth: int) -> dict[str, nn.Parameter]:
-    """The weights of what has ``depth`` layers and no head: a trained one says so itself."""
+def _weights_below(model: Any, depth: int) -> dict[str, nn.Parameter]:
+    """The weights of all but the layers from ``depth`` on, and the head."""
     above = {id(weight) for layer in blocks(model)[depth:] for weight in layer.parameters()}
     return {name: weight for name, weight in model.base_model.named_parameters() if id(weight) not in above}
 
 
-def _nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _pass_through(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
