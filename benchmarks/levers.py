@@ -55,7 +55,7 @@ def logits_everywhere() -> None:
 
 def logits_made_twice() -> None:
     """Logits are never kept from the forward to the backward pass."""
-    logprobs._KEPT = 0
+    logprobs._KEPT["cpu"] = 0
 
 
 def loop_adamw() -> None:
@@ -92,18 +92,11 @@ def rows_that_stay() -> None:
     """Rows that are done are decoded until the last one is."""
     plain = Decoder._remove
 
-    def keep(self: Decoder, rows: Any) -> None:
-        for i in rows:
-            self._rows[i].request = replace(self._rows[i].request, max_new_tokens=-1)  # it never reaches that
-        if all(row.request.max_new_tokens == -1 for row in self._rows):
-            plain(self, range(len(self._rows)))
+    def keep(self: Decoder, gone: Any) -> None:
+        if all(row.drawn >= row.request.max_new_tokens for row in self._rows):
+            plain(self, list(self._rows))
 
-    def quiet(self: Decoder) -> list[Any]:
-        done = {row.number for row in self._rows if row.request.max_new_tokens == -1}
-        return [event for event in step(self) if event.request not in done]
-
-    step = Decoder.step
-    _put(Decoder, _remove=keep, step=quiet)
+    _put(Decoder, _remove=keep)
 
 
 def _put(owner: Any, **parts: Any) -> None:

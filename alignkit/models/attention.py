@@ -20,6 +20,7 @@ from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch
 from alignkit.models import kernels
 from alignkit.models.blocks import blocks, instead
+from alignkit.models.transfer import send
 
 _NAME = "alignkit"
 _OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -57,9 +58,8 @@ class Layout:
         q, k, v = (x.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape).transpose(1, 2) for x in (query, key, value))
         mask = None if window is None or window >= width else _band(width, window, query.device)
         on_cpu = query.device.type == "cpu"
-        if on_cpu:
-            # In bfloat16 the backward pass of the CPU's attention takes several times as long as in float32.
-            q, k, v = q.float(), k.float(), v.float()
+        # In bfloat16 the backward pass of the CPU's attention takes several times as long as in float32. A GPU wants one type for all.
+        q, k, v = (x.float() if on_cpu else x.to(value.dtype) for x in (q, k, v))
         with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -68,28 +68,29 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
-        return Layout(*(x.to(device) for x in (self.tokens, self.positions, self.rows, self.first, self.line)))
+        return Layout(*(send(x, device) for x in (self.tokens, self.positions, self.rows, self.first, self.line)))
 
 
 PAST_BLOCK = 64
 """The width of a row's past is a multiple of this: the CPU adds up block by block, in the same order however wide other rows are."""
 
 
-def attend_to_past(query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, scale: float | None) -> Tensor:
+def attend_to_past(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float | None) -> Tensor:
     """What one token a row, query [n heads d], gathers from keys and values [n key_heads t d] [n heads d].
 
-    ``unseen`` [n t]: True where a row has nothing, or nothing that it may look at. t is a multiple of ``PAST_BLOCK``.
+    ``bias`` [n t], in the type of the keys: -inf where a row has nothing, or nothing that it may look at, else 0. t is a multiple of
+    ``PAST_BLOCK``.
     """
     n, key_heads, width, d = keys.shape
     grouped = query.to(keys.dtype).unflatten(1, (key_heads, -1))
     if query.device.type != "cpu":
-        out = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=~unseen[:, None, None], scale=scale)
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None], scale=scale)
         return out.flatten(1, 2)
     # Two plain products: for a single query, the CPU's fused attention takes several times as long.
     scale = d**-0.5 if scale is None else scale
     grouped = (grouped if scale == 1.0 else grouped * scale).flatten(0, 1)
     weights = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).view(n, -1, width)
-    weights = weights.masked_fill_(unseen[:, None], float("-inf")).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    weights = weights.add_(bias[:, None]).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
     weights, values = weights.view(n * key_heads, -1, width), values.flatten(0, 1)
     # In one product the library would cut the sum at places that depend on its length; an empty block adds exactly 0.
     gathered = torch.bmm(weights[..., :PAST_BLOCK], values[:, :PAST_BLOCK])
@@ -157,14 +158,16 @@ def lay_apart(batch: TokenBatch, device: torch.device) -> Apart:
     line = torch.zeros(batch.mask.numel(), dtype=torch.long)
     line[places] = torch.arange(len(places))
     lengths = tuple(batch.mask.sum(dim=1).tolist())
-    return Apart(places.to(device), (places % batch.mask.shape[1]).to(device), line.view(batch.mask.shape).to(device), lengths)
+    positions, line = places % batch.mask.shape[1], line.view(batch.mask.shape)
+    return Apart(send(places, device), send(positions, device), send(line, device), lengths)
 
 
 def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
     """One document's tokens, [n heads d] each."""
     width = len(query)
     mask = None if window is None or window >= width else _band(width, window, query.device)
-    q, k, v = (x.transpose(0, 1)[None].float() if x.device.type == "cpu" else x.transpose(0, 1)[None] for x in (query, key, value))
+    dtype = torch.float32 if value.device.type == "cpu" else value.dtype
+    q, k, v = (x.transpose(0, 1)[None].to(dtype) for x in (query, key, value))
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -185,7 +188,7 @@ def hidden_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Last hidden states [n d] of a batch's tokens in line, and where in it each place of the batch [b t] is found."""
     device = next(model.parameters()).device
     layout = lay_out(batch).to(device)
-    ids, below = batch.ids.to(device).flatten()[layout.tokens], batch.below
+    ids, below = send(batch.ids, device).flatten()[layout.tokens], batch.below
     if below is None or all(model is not one for one in below.models):
         return run(model, ids, layout.positions, layout), layout.line
     known = below.states.to(device).flatten(0, 1)[layout.tokens][None]

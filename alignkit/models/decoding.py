@@ -17,14 +17,16 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.models.attention import Attention, run
+from alignkit.models.between import between_products, normed
 from alignkit.models.kernels import Product, product
 
 
 class Decoding(Protocol):
-    """A model to generate with."""
+    """A model to generate with. ``recordable``: whether its forward is calls of the device alone, so that a graph can be made of it."""
 
     layers: int
     device: torch.device
+    recordable: bool
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Last hidden states [n d] of tokens in line, ``ids`` and ``positions`` [n]."""
@@ -44,7 +46,9 @@ def decoding(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> I
 
 
 class AnyDecoding:
-    """Through the forward of transformers."""
+    """Through the forward of transformers, of which nothing is known: that of some position embeddings looks at its numbers."""
+
+    recordable = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -83,7 +87,6 @@ def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: tor
 class _Layer:
     """``qkv``: the products of query, key and value at once; ``gate_up`` likewise."""
 
-    before_attention: Tensor
     qkv: Product
     out: Product
     before_mlp: Tensor
@@ -95,6 +98,8 @@ class _Layer:
 class LlamaDecoding:
     """Llama, Mistral and Qwen2 (Touvron et al. 2023): the same numbers as transformers' forward, in a third of the calls."""
 
+    recordable = True
+
     def __init__(self, model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         config, base = model.config, model.model
         self.layers: int = config.num_hidden_layers
@@ -102,7 +107,8 @@ class LlamaDecoding:
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._scale: float = base.layers[0].self_attn.scaling
         self._rotary, self._epsilon = base.rotary_emb, config.rms_norm_eps
-        self._embedding, self._norm = base.embed_tokens.weight.detach(), base.norm.weight.detach()
+        self._embedding, self._dtype = base.embed_tokens.weight.detach(), dtype
+        self._norms = [norm.weight.detach() for norm in (*(layer.input_layernorm for layer in base.layers), base.norm)]
 
         def joined(*names: str) -> Product:
             biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
@@ -113,7 +119,6 @@ class LlamaDecoding:
             at = f"model.layers.{i}"
             self._layers.append(
                 _Layer(
-                    before_attention=layer.input_layernorm.weight.detach(),
                     qkv=joined(*(f"{at}.self_attn.{name}_proj" for name in "qkv")),
                     out=joined(f"{at}.self_attn.o_proj"),
                     before_mlp=layer.post_attention_layernorm.weight.detach(),
@@ -131,21 +136,14 @@ class LlamaDecoding:
         cos, sin = (angle[0, :, None] for angle in self._rotary(x[None], positions[None]))
         half = cos.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        queries, keys = self._heads, self._heads + self._key_heads
+        ops = between_products()
+        seen = normed(x, self._norms[0], self._epsilon, self._dtype)
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._normed(x, layer.before_attention)).unflatten(1, (-1, 2 * half))
-            qk = qkv[:, :keys]
-            qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin)
-            gathered = attention.attend(number, qk[:, :queries], qk[:, queries:], qkv[:, keys:], self._scale, layer.window)
-            x = layer.out(gathered.flatten(1)) + x
-            gate, up = layer.gate_up(self._normed(x, layer.before_mlp)).chunk(2, dim=-1)
-            x = layer.down(nn.functional.silu(gate).mul_(up)) + x
-        return self._normed(x, self._norm)
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        # Not folded into the weights of what follows: where a sequence amplifies rounding, sampler and trainer would drift apart.
-        normed: Tensor = (x * x.square().mean(dim=-1, keepdim=True).add_(self._epsilon).rsqrt_()).mul_(weight)
-        return normed
+            query, key, value = ops.rotated(layer.qkv(seen), cos, sin, self._heads, self._key_heads)
+            gathered = attention.attend(number, query, key, value, self._scale, layer.window)
+            x, seen = ops.added_normed(x, layer.out(gathered.flatten(1)), layer.before_mlp, self._epsilon, self._dtype)
+            x, seen = ops.added_normed(x, layer.down(ops.gated(layer.gate_up(seen))), self._norms[number + 1], self._epsilon, self._dtype)
+        return seen
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n v]."""

@@ -6,6 +6,7 @@ second; a run keeps what was found in ``run.json`` and goes on with it, since an
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+_log = logging.getLogger(__name__)
 
 Product = Callable[[Tensor], Tensor]
 """From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
@@ -34,12 +41,14 @@ _FEW = 64
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """``linear``: float32 products of many rows, with gradients. ``decode``: of few rows, as they are, as weight @ x.T, or with a weight
-    that is repacked once and used many times. ``bfloat16``: whether products in bfloat16 are faster than in float32.
+    that is repacked once and used many times. ``bfloat16``: whether products in bfloat16 are faster than in float32. ``fused``: whether
+    what decoding does between its products is compiled.
     """
 
     linear: Literal["torch", "onednn"] = "torch"
     decode: Decode = "torch"
     bfloat16: bool = False
+    fused: bool = False
 
     @property
     def exact(self) -> bool:
@@ -70,7 +79,7 @@ def chosen() -> Kernels:
 def probe() -> Kernels:
     """Try the ways of multiplying on this machine, for about a second."""
     if torch.cuda.is_available():
-        return Kernels(bfloat16=torch.cuda.is_bf16_supported())
+        return _of_gpu()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1536, 576, generator=generator)
     many, few = torch.randn(512, 576, generator=generator), [torch.randn(rows, 576, generator=generator) for rows in (4, 16)]
@@ -124,11 +133,26 @@ def for_serving() -> Kernels:
     who else asks. A matrix product of torch's own splits its sums by the number of rows.
     """
     if torch.cuda.is_available():
-        return Kernels(bfloat16=torch.cuda.is_bf16_supported())
+        return _of_gpu()
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         there = _has_onednn(torch.randn(16, 576, generator=generator), torch.randn(1536, 576, generator=generator))
     return Kernels(decode="packed" if there else "torch")
+
+
+def _of_gpu() -> Kernels:
+    return Kernels(bfloat16=torch.cuda.is_bf16_supported(), fused=compiles(torch.device("cuda")))
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether ``torch.compile`` works here: it needs a C compiler, and Python's headers, beside Triton."""
+    x = torch.ones(2, 3, device=device)
+    try:
+        # Another function each time: of one that failed before, torch remembers that it did.
+        return bool(torch.equal(torch.compile(lambda x: x * 2 + 1)(x), x * 2 + 1))
+    except RuntimeError as error:  # of which dynamo's errors are some
+        _log.warning("torch.compile does not work here, so decoding goes on without it: %s", str(error).strip().split("\n")[0])
+        return False
 
 
 def _seconds(*works: Callable[[], object]) -> list[float]:
@@ -211,12 +235,35 @@ class OneDNNLinear(nn.Linear):
         return apply(input, self.weight, self.bias)
 
 
+class FusedRMSNorm(nn.Module):
+    """Llama's RMSNorm in one call, forward and backward."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states / their root mean square * weight."""
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class FusedRMSNormBeforeProducts(FusedRMSNorm):
+    """One whose numbers only products see: they are cast for all of them at once, and not once for each."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The same in the type of the products."""
+        normed, device = super().forward(hidden_states), hidden_states.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+
+
 def install(model: nn.Module) -> None:
-    """Let the linear layers of a float32 model on the CPU compute as was chosen."""
-    if chosen().linear == "onednn":
-        for part in model.modules():
-            if type(part) is nn.Linear:
-                part.__class__ = OneDNNLinear
+    """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    for name, part in model.named_modules():
+        if type(part) is nn.Linear and chosen().linear == "onednn":
+            part.__class__ = OneDNNLinear
+        if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+            # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
+            part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm
 
 
 def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at once, whatever the vocabulary: all of them where they are 64 MB in float32 or less, else 16 MB at a time.
-_KEPT = 1 << 24
-_CHUNK = 1 << 22
+# Logits that exist at once, whatever the vocabulary: all of them where they are so many or fewer, else the second number at a time. In
+# float32 that is 64 MB and 16 MB for a processor and its caches, and 512 MB for a GPU, which a small product leaves idle.
+_KEPT = {"cpu": 1 << 24, "cuda": 1 << 27}
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -65,7 +66,7 @@ class _Selective(torch.autograd.Function):
         entropy_slopes = torch.empty_like(hidden) if at_once and entropy_gradient else None
         logprobs = torch.empty(tokens.shape, dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         entropies = torch.empty_like(logprobs)
-        chunks = list(_chunks(len(tokens), len(weight)))
+        chunks = list(_chunks(len(tokens), weight))
         kept: tuple[Tensor | None, Tensor | None] = None, None
         for rows in chunks:
             scaled = _logits(hidden[rows], weight, bias, temperature)
@@ -101,7 +102,7 @@ class _Selective(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
         with torch.autocast(hidden.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            for rows in _chunks(len(tokens), len(weight)):
+            for rows in _chunks(len(tokens), weight):
                 if softmax is None:
                     part = _logits(hidden[rows], weight, bias, ctx.temperature)
                     chances = torch.softmax(part, dim=-1)
@@ -123,8 +124,9 @@ class _Selective(torch.autograd.Function):
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None, None
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(rows, 1) if rows * vocabulary <= _KEPT else max(_CHUNK // vocabulary, 1)
+def _chunks(rows: int, weight: Tensor) -> Iterator[slice]:
+    vocabulary, device = len(weight), weight.device.type
+    size = max(rows, 1) if rows * vocabulary <= _KEPT[device] else max(_CHUNK[device] // vocabulary, 1)
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
@@ -140,7 +142,9 @@ def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
     """total + left @ right, in place where it can be: for a head this is a large matrix, and each pass over it is felt."""
     if total is None:
         return (left @ right).to(dtype)
-    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
+    # Autocast does not reach what is done in place.
+    exact = left.dtype == dtype and not torch.is_autocast_enabled(left.device.type)
+    return total.addmm_(left, right) if exact else total.add_(left @ right)
 
 
 def _slope(softmax: Tensor, tokens: Tensor) -> Tensor:

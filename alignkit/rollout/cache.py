@@ -2,55 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alignkit.models.attention import PAST_BLOCK, Apart, Layout, attend_to_past
+from alignkit.models.between import between_products
+from alignkit.models.transfer import listed
 
 _ROWS = 8
 
 
 class Cache:
-    """``lengths`` [n]: how many tokens of each row are stored, its first at column 0. Keys and values: [layers rows heads columns d].
+    """Keys and values: [layers rows heads columns d], of each row its tokens from column 0 on.
 
-    It is also the ``Attention`` of a decoding step, in which each row has one new token.
+    How many tokens a row has is known on both sides: here, for nobody to wait for the device to say it, and there, in ``lengths``
+    [max_rows], for the device not to wait either. It is also the ``Attention`` of a decoding step, in which each row has one new token.
     """
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    def __init__(self, layers: int, device: torch.device, max_rows: int) -> None:
         self._layers = layers
         self._keys = self._values = torch.empty(layers, 0, 0, 0, 0, device=device)
-        self.lengths = torch.zeros(0, dtype=torch.long, device=device)
-        self._width = 0  # of the step in progress
-        self._at = self._unseen = torch.empty(0)  # of the step: where its keys go [n*heads]; columns that a row has not come to [n width]
+        self._stored: list[int] = []
+        self.lengths = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self._at = self._bias = torch.empty(0)  # of the step: where its keys go [n*heads]; -inf where a row looks at nothing [n width]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._stored)
 
-    def begin_step(self) -> None:
-        """Every row is about to get one token more; ``lengths`` counts it already."""
-        self.lengths += 1
-        self._width = _whole_blocks(int(self.lengths.max()))
-        self._reserve(len(self), self._width)
+    @property
+    def place(self) -> Hashable:
+        """Where the block is, and how large."""
+        return self._keys.data_ptr(), self._keys.shape
+
+    @property
+    def rows(self) -> int:
+        """How many rows there is memory for."""
+        return self._keys.shape[1]
+
+    @property
+    def width(self) -> int:
+        """The columns that a step looks at. A GPU looks at all: another width would be another graph."""
+        return self._keys.shape[3] if self._keys.is_cuda else _whole_blocks(max(self._stored))
+
+    def grow(self) -> None:
+        """Make room for every row's next token."""
+        self._stored = [length + 1 for length in self._stored]
+        self._reserve(len(self), _whole_blocks(max(self._stored)))
+
+    def begin_step(self, rows: int) -> None:
+        """On the device, the first so many rows get one token more. Those beyond ``len`` have left, or are yet to come; what is computed
+        for them is not read.
+        """
         heads, columns = self._keys.shape[2:4]
-        rows = torch.arange(len(self) * heads, device=self.lengths.device)
-        self._at = rows * columns + (self.lengths - 1).repeat_interleave(heads)
-        self._unseen = torch.arange(self._width, device=self.lengths.device) >= self.lengths[:, None]
+        lengths = self.lengths[:rows]
+        lengths += 1
+        places = torch.arange(rows * heads, device=lengths.device) * columns
+        self._at = places + (lengths - 1).clamp(max=columns - 1).repeat_interleave(heads, output_size=rows * heads)
+        self._bias = _bias(torch.arange(self.width, device=lengths.device) >= lengths[:, None], self._keys.dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Store the new tokens' keys and values, and let the tokens look at all of their rows."""
-        keys, values = self._keys[layer], self._values[layer]
-        for block, new in ((keys, key), (values, value)):
-            block.view(-1, block.shape[-1]).index_copy_(0, self._at, new.reshape(-1, block.shape[-1]).to(block.dtype))
-        unseen, width = self._unseen, self._width
+        keys, values, rows, width = self._keys[layer], self._values[layer], len(query), self.width
+        between_products().put(keys, values, self._at, key, value)
+        bias = self._bias
         if window is not None and window < width:
-            unseen = unseen | (torch.arange(width, device=key.device) < (self.lengths - window)[:, None])
-        return attend_to_past(query, keys[: len(self), :, :width], values[: len(self), :, :width], unseen, scale)
+            gone = torch.arange(width, device=key.device) < (self.lengths[:rows] - window)[:, None]
+            bias = bias + _bias(gone, bias.dtype)
+        return attend_to_past(query, keys[:rows, :, :width], values[:rows, :, :width], bias, scale)
 
-    def prefill(self, layout: Layout | Apart, lengths: Tensor) -> Prefill:
+    def prefill(self, layout: Layout | Apart, lengths: Sequence[int]) -> Prefill:
         """The ``Attention`` of the forward in which ``layout``'s rows, of ``lengths`` tokens each, join below those that are there."""
-        start, self.lengths = len(self), torch.cat([self.lengths, lengths])
+        start = len(self)
+        self._stored.extend(lengths)
+        self.lengths[start : len(self)] = listed(lengths, self.lengths.device)
         self._reserve(len(self), layout.line.shape[1])
         return Prefill(self, layout, start)
 
@@ -62,40 +89,44 @@ class Cache:
         self._keys[layer, rows, :, columns] = keys
         self._values[layer, rows, :, columns] = values
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-        last = len(self) - 1
-        if row < last:
-            columns = slice(int(self.lengths[last]))
+    def move(self, to: Sequence[int], origin: Sequence[int], left: int) -> None:
+        """Rows ``origin`` take the places ``to``, of rows that go; ``left`` are left."""
+        if to:
+            columns = slice(max(self._stored[i] for i in origin))
+            there, here = listed(to, self.lengths.device), listed(origin, self.lengths.device)
             for block in (self._keys, self._values):
-                block[:, row, :, columns] = block[:, last, :, columns]
-            self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:last]
+                block[:, there, :, columns] = block[:, here, :, columns]
+            self.lengths[there] = self.lengths[here]
+        for i, j in zip(to, origin, strict=True):
+            self._stored[i] = self._stored[j]
+        del self._stored[left:]
 
     def _allocate(self, like: Tensor) -> None:
         _, heads, _, d = like.shape
-        rows, columns = self._keys.shape[1], self._keys.shape[3]
-        self._keys = like.new_empty(self._layers, rows, heads, columns, d)
-        # A weight of 0 times what was left in memory would be NaN if that is.
-        self._values = like.new_zeros(self._layers, rows, heads, columns, d)
+        shape = self._layers, self._keys.shape[1], heads, self._keys.shape[3], d
+        # Nothing is looked at where nothing was stored, but what is left in memory may be NaN, and with a weight of 0 that is NaN still.
+        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Room for so many rows and columns; what is stored stays."""
         _, had_rows, heads, had_columns, d = self._keys.shape
         if rows <= had_rows and columns <= had_columns:
             return
-        rows = max(rows, had_rows) if rows <= had_rows else rows + _ROWS
+        rows = had_rows if rows <= had_rows else rows + _ROWS
         columns = had_columns if columns <= had_columns else _whole_blocks(max(columns + PAST_BLOCK, columns * 3 // 2))
-        keys, values = self._keys, self._values
-        self._keys = keys.new_empty(self._layers, rows, heads, columns, d)
-        self._values = values.new_zeros(self._layers, rows, heads, columns, d)
-        if keys.numel():
-            self._keys[:, :had_rows, :, :had_columns] = keys
-            self._values[:, :had_rows, :, :had_columns] = values
+        had = self._keys, self._values
+        self._keys, self._values = (block.new_zeros(self._layers, rows, heads, columns, d) for block in had)
+        if had[0].numel():
+            self._keys[:, :had_rows, :, :had_columns], self._values[:, :had_rows, :, :had_columns] = had
 
 
 def _whole_blocks(columns: int) -> int:
     return -(-columns // PAST_BLOCK) * PAST_BLOCK
+
+
+def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where ``unseen`` is True, else 0."""
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,13 +17,15 @@ from torch import Tensor
 from alignkit.data.collate import collate, length_buckets
 from alignkit.models.attention import lay_apart, lay_out
 from alignkit.models.decoding import Decoding
+from alignkit.models.transfer import listed, send
 from alignkit.rollout.cache import Cache
 from alignkit.rollout.filters import NONE, Filters, filtered
+from alignkit.rollout.launch import launch_on
 from alignkit.rollout.noise import draw, uniforms
 from alignkit.types import TokenRow
 
-PREFILL_TOKENS = 8192
-"""Prompt tokens of one step: enough to keep a processor busy, and what bounds a prefill's memory."""
+PREFILL_TOKENS = {"cpu": 8192, "cuda": 32768}
+"""Prompt tokens of one step, by device: enough to keep it busy, and what bounds a prefill's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +72,29 @@ class Decoder:
     tokens a step. Row i of the cache is that of ``_rows[i]``; a row that is done is gone at once, so that no step computes for it.
     ``together``: of prompts that come in at once, what several begin with is computed once; otherwise no number of a response depends on
     who else is there (given products that do not either).
+
+    A GPU works on the next tokens while the last ones are read: a row whose stop token has not been read yet gets one more, which
+    is thrown away.
     """
 
-    def __init__(self, model: Decoding, *, max_rows: int, prefill_tokens: int = PREFILL_TOKENS, together: bool = True) -> None:
+    def __init__(self, model: Decoding, *, max_rows: int, prefill_tokens: int | None = None, together: bool = True) -> None:
         self._model = model
         self._max_rows = max_rows
-        self._prefill_tokens = prefill_tokens
+        self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[model.device.type]
         self._together = together
         self._device = model.device
-        self._cache = Cache(model.layers, model.device)
+        self._launch = launch_on(model)
+        self._cache = Cache(model.layers, model.device, max_rows)
+        self._state = _State(model.device, max_rows)
         self._waiting: dict[int, Request] = {}
         self._rows: list[_Row] = []
+        self._drawn: deque[_Draw] = deque()
         self._next = 0
 
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._rows or self._waiting)
+        return bool(self._rows or self._waiting or self._drawn)
 
     @property
     def rows(self) -> int:
@@ -106,11 +116,15 @@ class Decoder:
     def cancel(self, number: int) -> None:
         """Forget a request; a finished or unknown one is ignored."""
         self._waiting.pop(number, None)
-        self._remove([i for i, row in enumerate(self._rows) if row.number == number])
+        for row in (*self._rows, *(row for one in self._drawn for row in one.rows)):
+            row.gone |= row.number == number
+        self._remove([row for row in self._rows if row.gone])
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for every row being decoded, and the first one for the requests that now find room."""
+        """One token for every row being decoded, and the first one for the requests that now find room; a GPU's come a step later."""
+        if not self._rows and not self._waiting:
+            return self._read(0)
         events = self._decode() if self._rows else []
         return events + self._admit()
 
@@ -125,17 +139,27 @@ class Decoder:
         return scores
 
     def _decode(self) -> list[Event]:
-        tokens = torch.tensor([row.tokens[-1] for row in self._rows], device=self._device)
-        self._cache.begin_step()
-        hidden = self._model.hidden(tokens, self._cache.lengths - 1, self._cache)
-        return self._sample(hidden, 0)
+        self._cache.grow()
+        count = min(self._launch.rows(len(self._rows)), self._cache.rows, self._max_rows)
+        plain = all(row.request.plain for row in self._rows)
+        logits = self._launch(self._cache.place, (count, plain), partial(self._forward, count, plain))
+        return self._sample(logits, 0, drawn=plain)
+
+    def _forward(self, count: int, plain: bool) -> Tensor:
+        """The logits of the first so many rows' next tokens; where nothing is done to them, these are drawn. Nothing waits for the host."""
+        self._cache.begin_step(count)
+        hidden = self._model.hidden(self._state.tokens[:count], self._cache.lengths[:count] - 1, self._cache)
+        logits = self._model.logits(hidden)
+        if plain:
+            self._state.draw(logits, 0)
+        return logits
 
     def _admit(self) -> list[Event]:
         chosen = list(self._next_in_line())
         lengths = [len(self._waiting[number].ids) for number in chosen]
         events = []
         for bucket in length_buckets(lengths, self._prefill_tokens):
-            events += self._prefill([(chosen[i], self._waiting.pop(chosen[i])) for i in bucket])
+            events += self._prefill([_Row(chosen[i], self._waiting.pop(chosen[i])) for i in bucket])
         return events
 
     def _next_in_line(self) -> Iterator[int]:
@@ -147,47 +171,65 @@ class Decoder:
             yield number
             room, tokens = room - 1, tokens - len(request.ids)
 
-    def _prefill(self, requests: Sequence[tuple[int, Request]]) -> list[Event]:
+    def _prefill(self, rows: Sequence[_Row]) -> list[Event]:
         """Compute prompts, and draw the first tokens."""
-        batch = collate([TokenRow("", request.ids, (True,) * len(request.ids)) for _, request in requests])
+        batch = collate([TokenRow("", row.request.ids, (True,) * len(row.request.ids)) for row in rows])
         layout = lay_out(batch).to(self._device) if self._together else lay_apart(batch, self._device)
-        lengths = torch.tensor([len(request.ids) for _, request in requests], device=self._device)
+        lengths = [len(row.request.ids) for row in rows]
         attention = self._cache.prefill(layout, lengths)
-        hidden = self._model.hidden(batch.ids.to(self._device).flatten()[layout.tokens], layout.positions, attention)
-        ends = layout.line.gather(1, lengths[:, None] - 1).squeeze(1)
+        hidden = self._model.hidden(send(batch.ids, self._device).flatten()[layout.tokens], layout.positions, attention)
+        ends = layout.line.gather(1, listed(lengths, self._device)[:, None] - 1).squeeze(1)
         start = len(self._rows)
-        self._rows += [_Row(number, request) for number, request in requests]
-        return self._sample(hidden[ends], start)
+        self._rows += rows
+        self._state.join(start, rows)
+        return self._sample(self._model.logits(hidden[ends]), start)
 
-    def _sample(self, hidden: Tensor, start: int) -> list[Event]:
-        """Draw the next token of row ``start`` and those below it, from their hidden states, and let finished rows go."""
+    def _sample(self, logits: Tensor, start: int, *, drawn: bool = False) -> list[Event]:
+        """Draw the next token of row ``start`` and those below it, unless that is done, and let rows go that have all they may have."""
         rows = self._rows[start:]
-        logits = self._model.logits(hidden)
-        keys = torch.tensor([row.request.noise_key for row in rows], device=self._device)
-        counts = torch.tensor([len(row.tokens) for row in rows], device=self._device)
-        # What is filtered has been divided by its temperature.
-        temperatures = torch.tensor([row.request.temperature if row.request.plain else 1.0 for row in rows], device=self._device)
-        drawn, scores = draw(_filtered(logits, rows), uniforms(keys, counts), temperatures)
-        events = [row.take(*found) for row, *found in zip(rows, drawn.tolist(), scores.tolist(), strict=True)]
-        events = _reported(events, logits, rows)
-        self._remove([start + i for i, event in enumerate(events) if event.finished])
+        logits = logits[: len(rows)]
+        if not drawn:
+            self._state.draw(_filtered(logits, rows), start)
+        for row in rows:
+            row.drawn += 1
+        self._drawn.append(_Draw(rows, self._state, start, logits))
+        self._remove([row for row in rows if row.drawn == row.request.max_new_tokens])
+        # What is filtered may depend on every token before it.
+        return self._read(self._launch.ahead if all(row.request.plain for row in self._rows) else 0)
+
+    def _read(self, ahead: int) -> list[Event]:
+        """What was drawn, but for the last ``ahead`` draws; rows go that have come to a stop token."""
+        events = []
+        while len(self._drawn) > ahead:
+            events += self._drawn.popleft().read()
+        self._remove([row for row in self._rows if row.gone])
         return events
 
-    def _remove(self, rows: Sequence[int]) -> None:
-        """Rows leave; each time the last one takes the place."""
-        for i in sorted(rows, reverse=True):
-            self._cache.remove(i)
-            last = self._rows.pop()
-            if i < len(self._rows):
-                self._rows[i] = last
+    def _remove(self, gone: Sequence[_Row]) -> None:
+        """Rows leave, and the last ones take their places."""
+        if not gone:
+            return
+        numbers = {row.number for row in gone}
+        left = len(self._rows) - len(gone)
+        to = [i for i, row in enumerate(self._rows[:left]) if row.number in numbers]
+        origin = [i for i, row in enumerate(self._rows) if i >= left and row.number not in numbers]
+        self._cache.move(to, origin, left)
+        self._state.move(to, origin)
+        for i, j in zip(to, origin, strict=True):
+            self._rows[i] = self._rows[j]
+        del self._rows[left:]
 
 
 @dataclass(slots=True)
 class _Row:
-    """A request that is being decoded, and its response so far."""
+    """A request that is being decoded, and its response so far. ``drawn``: how many tokens, those included that were not read yet.
+    ``gone``: what is still on its way is not wanted.
+    """
 
     number: int
     request: Request
+    drawn: int = 0
+    gone: bool = False
     tokens: list[int] = field(default_factory=list)
 
     def take(self, token: int, logprob: float) -> Event:
@@ -198,7 +240,78 @@ class _Row:
             finished = "stop"
         elif len(self.tokens) == self.request.max_new_tokens:
             finished = "length"
+        self.gone = finished is not None
         return Event(self.number, token, logprob, finished)
+
+
+class _State:
+    """What the device knows of each row [max_rows]: its last token, that one's log-probability, its noise and how much of it was used."""
+
+    def __init__(self, device: torch.device, max_rows: int) -> None:
+        self.tokens = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(max_rows, device=device)
+        self._keys, self._counts = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
+        self._temperatures = torch.ones_like(self.logprobs)
+
+    def join(self, start: int, rows: Sequence[_Row]) -> None:
+        """Row ``start`` and those below it come in."""
+        place, device = slice(start, start + len(rows)), self.tokens.device
+        self._keys[place] = listed([row.request.noise_key for row in rows], device)
+        self._counts[place] = 0
+        # What is filtered has been divided by its temperature.
+        self._temperatures[place] = listed([row.request.temperature if row.request.plain else 1.0 for row in rows], device)
+
+    def draw(self, logits: Tensor, start: int) -> None:
+        """The next token of row ``start`` and those below it, of ``logits`` [n v]."""
+        place = slice(start, start + len(logits))
+        noise = uniforms(self._keys[place], self._counts[place])
+        self.tokens[place], self.logprobs[place] = draw(logits, noise, self._temperatures[place])
+        self._counts[place] += 1
+
+    def move(self, to: Sequence[int], origin: Sequence[int]) -> None:
+        """Rows ``origin`` take the places ``to``."""
+        if to:
+            there, here = listed(to, self.tokens.device), listed(origin, self.tokens.device)
+            for kept in (self.tokens, self.logprobs, self._keys, self._counts, self._temperatures):
+                kept[there] = kept[here]
+
+
+class _Draw:
+    """Tokens on their way from the device."""
+
+    def __init__(self, rows: Sequence[_Row], state: _State, start: int, logits: Tensor) -> None:
+        self.rows = rows
+        place = slice(start, start + len(rows))
+        found = [state.tokens[place], state.logprobs[place]]
+        self._reported = [i for i, row in enumerate(rows) if row.request.report is not None]
+        if self._reported:
+            places = listed(self._reported, logits.device)
+            own = logits[places].float().log_softmax(dim=-1)
+            best = own.topk(max(rows[i].request.report or 0 for i in self._reported))
+            found += [own.gather(1, state.tokens[place][places, None]).squeeze(1), best.values, best.indices]
+        self._found = [x.to("cpu", non_blocking=True, copy=True) for x in found]
+        self._arrived = None
+        if logits.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[Event]:
+        """Wait for the tokens, and give them to their rows."""
+        if self._arrived:
+            self._arrived.synchronize()
+        tokens, logprobs, *reports = (x.tolist() for x in self._found)
+        report = dict(zip(self._reported, zip(*reports, strict=True), strict=True))
+        events = []
+        for i, (row, token, logprob) in enumerate(zip(self.rows, tokens, logprobs, strict=True)):
+            if row.gone:
+                continue
+            event = row.take(token, logprob)
+            if i in report:
+                raw, values, likeliest = report[i]
+                count = row.request.report
+                event = replace(event, raw=raw, likeliest=tuple(zip(likeliest[:count], values[:count], strict=True)))
+            events.append(event)
+        return events
 
 
 def _filtered(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
@@ -212,18 +325,3 @@ def _filtered(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
         logits[special], [one.filters for one in requests], [one.temperature for one in requests], [rows[i].tokens for i in special]
     )
     return logits
-
-
-def _reported(events: list[Event], logits: Tensor, rows: Sequence[_Row]) -> list[Event]:
-    """The events, with the model's own log-probabilities for the rows that want them. ``logits`` [n v]."""
-    wanted = [i for i, row in enumerate(rows) if row.request.report is not None]
-    if not wanted:
-        return events
-    own = logits[wanted].float().log_softmax(dim=-1)
-    drawn = own.gather(1, torch.tensor([[events[i].token] for i in wanted], device=own.device)).squeeze(1).tolist()
-    count = max(rows[i].request.report or 0 for i in wanted)
-    best = own.topk(count)
-    for i, raw, values, tokens in zip(wanted, drawn, best.values.tolist(), best.indices.tolist(), strict=True):
-        likeliest = tuple(zip(tokens, values, strict=True))[: rows[i].request.report]
-        events[i] = replace(events[i], raw=raw, likeliest=likeliest)
-    return events

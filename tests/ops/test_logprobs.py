@@ -33,8 +33,8 @@ def plainly(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
 
 @pytest.fixture(params=[WORDS, 3 * WORDS, 1 << 24], ids=["one row a chunk", "three rows a chunk", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", request.param)
-    monkeypatch.setattr(module, "_KEPT", request.param)
+    monkeypatch.setitem(module._CHUNK, "cpu", request.param)
+    monkeypatch.setitem(module._KEPT, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -86,8 +86,8 @@ def test_a_weight_alone_may_want_the_gradient() -> None:
 def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch, frozen_head: bool) -> None:
     hidden, weight, _, tokens = made_up(torch.float32)
     weight.requires_grad_(not frozen_head)
-    monkeypatch.setattr(module, "_CHUNK", 3 * WORDS)
-    monkeypatch.setattr(module, "_KEPT", 3 * WORDS)
+    monkeypatch.setitem(module._CHUNK, "cpu", 3 * WORDS)
+    monkeypatch.setitem(module._KEPT, "cpu", 3 * WORDS)
     made: list[int] = []
     plainly_made = module._logits
 
