@@ -20,7 +20,6 @@ class Between(NamedTuple):
     rotated: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
     added_normed: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
     gated: Callable[[Tensor], Tensor]
-    put: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def between_products() -> Between:
@@ -40,12 +39,15 @@ def added_normed(x: Tensor, more: Tensor, weight: Tensor, epsilon: float, dtype:
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [n heads d]; the first two are turned by their position. ``sin``'s first half has the other sign."""
+    """Queries, keys and values [n heads d]; the first two are turned by their position. ``sin``'s first half has the other sign.
+
+    Keys and values are ready to be stored row by row.
+    """
     qkv = qkv.unflatten(1, (heads + 2 * key_heads, -1))
     half = cos.shape[-1] // 2
     qk = qkv[:, : heads + key_heads]
     qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin).to(qkv.dtype)
-    return qk[:, :heads], qk[:, heads:], qkv[:, heads + key_heads :]
+    return qk[:, :heads], qk[:, heads:].contiguous(), qkv[:, heads + key_heads :].contiguous()
 
 
 def gated(gate_up: Tensor) -> Tensor:
@@ -54,13 +56,8 @@ def gated(gate_up: Tensor) -> Tensor:
     return nn.functional.silu(gate).mul_(up)
 
 
-def put(keys: Tensor, values: Tensor, at: Tensor, key: Tensor, value: Tensor) -> None:
-    """Store key and value [n heads d] in blocks of keys and values [... d], at places ``at`` [n*heads] of their rows."""
-    for block, new in ((keys, key), (values, value)):
-        block.view(-1, block.shape[-1]).index_copy_(0, at, new.reshape(-1, block.shape[-1]).to(block.dtype))
-
-
 @functools.cache
 def _between(fused: bool) -> Between:
-    plain = Between(rotated, added_normed, gated, put)
-    return Between(*map(torch.compile, plain)) if fused else plain
+    if not fused:
+        return Between(rotated, added_normed, gated)
+    return Between(torch.compile(rotated), torch.compile(added_normed), torch.compile(gated))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from alignkit.models.attention import PAST_BLOCK, Apart, Layout, attend_to_past
-from alignkit.models.between import between_products
 from alignkit.models.transfer import listed
 
 _ROWS = 8
+_AHEAD = {"cpu": 0, "cuda": 256}
+"""Columns for tokens that are yet to come: where there is a place for them already, no graph need be recorded for another one."""
 
 
 class Cache:
@@ -66,19 +67,22 @@ class Cache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Store the new tokens' keys and values, and let the tokens look at all of their rows."""
         keys, values, rows, width = self._keys[layer], self._values[layer], len(query), self.width
-        between_products().put(keys, values, self._at, key, value)
+        for block, new in ((keys, key), (values, value)):
+            block.view(-1, block.shape[-1]).index_copy_(0, self._at, new.reshape(-1, block.shape[-1]).to(block.dtype))
         bias = self._bias
         if window is not None and window < width:
             gone = torch.arange(width, device=key.device) < (self.lengths[:rows] - window)[:, None]
             bias = bias + _bias(gone, bias.dtype)
         return attend_to_past(query, keys[:rows, :, :width], values[:rows, :, :width], bias, scale)
 
-    def prefill(self, layout: Layout | Apart, lengths: Sequence[int]) -> Prefill:
-        """The ``Attention`` of the forward in which ``layout``'s rows, of ``lengths`` tokens each, join below those that are there."""
+    def prefill(self, layout: Layout | Apart, lengths: Sequence[int], more: int) -> Prefill:
+        """The ``Attention`` of the forward in which ``layout``'s rows, of ``lengths`` tokens each, join below those that are there. None
+        will get more than ``more`` tokens.
+        """
         start = len(self)
         self._stored.extend(lengths)
         self.lengths[start : len(self)] = listed(lengths, self.lengths.device)
-        self._reserve(len(self), layout.line.shape[1])
+        self._reserve(len(self), layout.line.shape[1] + min(more, _AHEAD[self.lengths.device.type]))
         return Prefill(self, layout, start)
 
     def store(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -113,7 +117,9 @@ class Cache:
         if rows <= had_rows and columns <= had_columns:
             return
         rows = had_rows if rows <= had_rows else rows + _ROWS
-        columns = had_columns if columns <= had_columns else _whole_blocks(max(columns + PAST_BLOCK, columns * 3 // 2))
+        if 0 < had_columns < columns:  # seldom
+            columns = max(columns + PAST_BLOCK, columns * 3 // 2)
+        columns = max(_whole_blocks(columns), had_columns)
         had = self._keys, self._values
         self._keys, self._values = (block.new_zeros(self._layers, rows, heads, columns, d) for block in had)
         if had[0].numel():

@@ -176,7 +176,7 @@ class Decoder:
         batch = collate([TokenRow("", row.request.ids, (True,) * len(row.request.ids)) for row in rows])
         layout = lay_out(batch).to(self._device) if self._together else lay_apart(batch, self._device)
         lengths = [len(row.request.ids) for row in rows]
-        attention = self._cache.prefill(layout, lengths)
+        attention = self._cache.prefill(layout, lengths, max(row.request.max_new_tokens for row in rows))
         hidden = self._model.hidden(send(batch.ids, self._device).flatten()[layout.tokens], layout.positions, attention)
         ends = layout.line.gather(1, listed(lengths, self._device)[:, None] - 1).squeeze(1)
         start = len(self._rows)

@@ -64,9 +64,8 @@ class Graphs:
         self._known: dict[Hashable, Work | None] = {}
 
     def rows(self, count: int) -> int:
-        """The next power of two, or half way to it."""
-        whole = 1 << (count - 1).bit_length()
-        return whole * 3 // 4 if whole >= 4 and count <= whole * 3 // 4 else whole
+        """The next power of two: to record a shape takes as long as thirty steps of it."""
+        return 1 << (count - 1).bit_length()
 
     def __call__(self, place: Hashable, shape: Hashable, work: Work) -> Any:
         """Replay it where it was recorded for this very place."""

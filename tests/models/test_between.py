@@ -40,7 +40,7 @@ def test_compiled_it_draws_the_same_tokens() -> None:
 
 
 def test_it_is_compiled_where_that_was_chosen_and_only_there() -> None:
-    assert between_products().put is between_products().put
+    assert between_products() is between_products()
     plain = between_products()
     kernels.use(Kernels(fused=True))
     assert not set(between_products()) & set(plain)

@@ -136,5 +136,5 @@ def test_a_shape_is_recorded_the_second_time_and_forgotten_with_its_place() -> N
 
 def test_rows_are_rounded_up_to_few_numbers() -> None:
     graphs = Graphs(lambda: lambda work: work)
-    assert [graphs.rows(count) for count in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 100, 128)] == [1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 128, 128]
+    assert [graphs.rows(count) for count in (1, 2, 3, 4, 5, 8, 9, 100, 128)] == [1, 2, 4, 4, 8, 8, 16, 128, 128]
     assert CallByCall().rows(5) == 5
