@@ -1,7 +1,7 @@
 """How a step of decoding is started on a device: call by call, or as a graph that was recorded once.
 
-A small model's step is a thousand calls of a microsecond each: a GPU is done with one before Python has made the next. A CUDA graph starts
-all of them at once, with the addresses and shapes that they had when they were recorded.
+A small model's step is hundreds of calls of a microsecond or two each: a GPU is done with one before Python has made the next. A CUDA graph
+starts all of them at once, with the addresses and shapes that they had when they were recorded.
 """
 
 from __future__ import annotations
