@@ -90,6 +90,7 @@ def real_groups(model: str) -> list[Group]:
     text = Work(model=model, batch=8)
     generating = {"alignkit": ours("generate"), "bf16": ours("generate", "bfloat16", "alignkit bf16")}
     together = Work(model=model, batch=16, response=48, lengths="spread")
+    served = {"patches": ["benchmarks.levers:products_of_a_server"]}
     return [
         Group(
             work=ppo, sides={"alignkit": ours("ppo"), "peer": trl_ppo()}, checked=("alignkit",),
@@ -148,7 +149,10 @@ def real_groups(model: str) -> list[Group]:
         ),
         Group(
             work=together,
-            sides={**generating, "alone": ours("one_by_one", label="alignkit, one by one"), "peer": hf(1, "HF generate, one by one")},
+            sides={
+                "alignkit": ours("generate", **served), "bf16": ours("generate", "bfloat16", "alignkit bf16", **served),
+                "alone": ours("one_by_one", label="alignkit, one by one", **served), "peer": hf(1, "HF generate, one by one"),
+            },
             rows=(
                 Row(name="concurrent16_135m", precision="fp32", must=6.0, aim=12.0),
                 Row(name="concurrent16_135m_bf16", precision="bf16; peer fp32", side="bf16"),

@@ -1,6 +1,6 @@
-"""alignkit with one lever off: functions that take it out of a worker before anything is built there.
+"""alignkit otherwise: functions that are called in a worker before anything is built there, most of which take one lever out.
 
-``python -m benchmarks.bench --levers`` runs each against alignkit as it is.
+``python -m benchmarks.bench --levers`` runs those against alignkit as it is.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ def layers_computed_each_time() -> None:
 def plain_weights() -> None:
     """Decoding multiplies as training does, whatever was found to be faster."""
     kernels.use(replace(kernels.chosen(), decode="torch"))
+
+
+def products_of_a_server() -> None:
+    """Decoding multiplies as ``alignkit serve`` does: what one is answered does not hang on who else asks."""
+    kernels.use(kernels.for_serving())
 
 
 def onednn_linear() -> None:
