@@ -58,10 +58,10 @@ class Cache:
         for them is not read.
         """
         heads, columns = self._keys.shape[2:4]
-        lengths = self.lengths[:rows]
-        lengths += 1
+        # Of a row that has left, too, the last token must see something: NaN would stay in memory for the row that comes.
+        lengths = self.lengths[:rows].add_(1).clamp_(max=columns)
         places = torch.arange(rows * heads, device=lengths.device) * columns
-        self._at = places + (lengths - 1).clamp(max=columns - 1).repeat_interleave(heads, output_size=rows * heads)
+        self._at = places + (lengths - 1).repeat_interleave(heads, output_size=rows * heads)
         self._bias = _bias(torch.arange(self.width, device=lengths.device) >= lengths[:, None], self._keys.dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:

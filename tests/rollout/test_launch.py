@@ -5,12 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from alignkit.models.attention import prepare
+from alignkit.models.decoding import decoding
 from alignkit.rollout import decoder as module
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.filters import Filters
 from alignkit.rollout.launch import CallByCall, Graphs, Launch, Work
 from tests.fakes import tiny_policy
+from tests.models.test_decoding import vivid
 
 
 @pytest.fixture(params=["ahead", "recorded"])
@@ -138,3 +142,27 @@ def test_rows_are_rounded_up_to_few_numbers() -> None:
     graphs = Graphs(lambda: lambda work: work)
     assert [graphs.rows(count) for count in (1, 2, 3, 4, 5, 8, 9, 100, 128)] == [1, 2, 4, 4, 8, 8, 16, 128, 128]
     assert CallByCall().rows(5) == 5
+
+
+def test_what_is_computed_for_a_row_that_has_left_does_not_reach_the_one_that_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vivid("mistral")  # of whose past a token sees only the last few
+    prepare(model)
+    short = [Request(tuple(range(5 + i, 8 + i)), 58, 1.0, (), noise_key=i) for i in range(3)]
+    long, late = Request(tuple(i % 40 + 5 for i in range(58)), 2, 1.0, (), 9), Request((5, 6, 7, 8), 20, 1.0, (), noise_key=10)
+
+    def tokens(*before: list[Request]) -> list[tuple[int, float]]:
+        with decoding(model, model.state_dict(), torch.float32) as found:
+            decoder = Decoder(found, max_rows=4)
+            events = []
+            for requests in before:  # the long one below the short ones, whose place it leaves
+                for one in requests:
+                    decoder.add(one)
+                events += [event for _ in range(20) for event in decoder.step()]
+            number = decoder.add(late)
+            while decoder.busy:
+                events += decoder.step()
+        return [(event.token, round(event.logprob, 3)) for event in events if event.request == number]
+
+    wanted = tokens()
+    monkeypatch.setattr(module, "launch_on", lambda model: Graphs(lambda: lambda work: work))
+    assert tokens(short, [long]) == wanted
