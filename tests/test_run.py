@@ -25,11 +25,8 @@ from tests.runs import compute_like, ctrl_c, learnt, weights
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
 
-pytestmark = pytest.mark.usefixtures("same_kernels")
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, same_kernels: None) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     return alignkit.run(SMOKE, [f"dir={folder}"])
 

@@ -272,7 +272,12 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     bias = None if bias is None else bias.detach().to(dtype)
     if weight.device.type == "cpu" and chosen().decode == "packed" and (dtype == torch.float32 or _has_bfloat16()):
         packed = _packed(weight)
-        return lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias)
+        return _of_rows(lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias))
     if weight.device.type == "cpu" and chosen().decode == "transposed" and dtype == torch.float32:
-        return lambda x: (_transposed if len(x) <= _FEW else nn.functional.linear)(x.to(dtype), weight, bias)
+        return _of_rows(lambda x: (_transposed if len(x) <= _FEW else nn.functional.linear)(x.to(dtype), weight, bias))
     return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
+
+
+def _of_rows(multiply: Product) -> Product:
+    """``multiply``, which counts rows [n d], for any x [... d]: a forward of transformers' has a dimension of batches before them."""
+    return lambda x: multiply(x) if x.dim() == 2 else multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

@@ -25,8 +25,6 @@ from alignkit.types import Message, Metrics, Prompt, Sample, Score
 from tests.guards.test_runs import config, failing_twice, guarded, ppo, prompts
 from tests.runs import ctrl_c, learnt
 
-pytestmark = pytest.mark.usefixtures("same_kernels")
-
 
 def leave_out(run: Path, part: str, **values: Any) -> None:
     """In the newest checkpoint, as they are at the beginning of a stage."""

@@ -20,8 +20,6 @@ from tests.runs import learnt, lines
 POLICY = {"kind": "tiny_lm", "hidden_size": 16, "layers": 1, "heads": 2, "positions": 128}
 SEED = 3
 
-pytestmark = pytest.mark.usefixtures("same_kernels")
-
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows") -> dict[str, str]:
     path = folder / f"{name}.jsonl"

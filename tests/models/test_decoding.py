@@ -1,6 +1,7 @@
 """Forwards for generation give the logits of transformers' own."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from alignkit.data.collate import collate
-from alignkit.models import adapters
+from alignkit.models import adapters, kernels
 from alignkit.models.attention import lay_out, prepare
 from alignkit.models.config import TuningConfig
 from alignkit.models.decoding import AnyDecoding, Decoding, LlamaDecoding, decoding
@@ -69,6 +70,17 @@ def line_logits(model: Decoding) -> list[Tensor]:
     return [model.logits(hidden)[layout.line[i, len(text) - 1]] for i, text in enumerate(TEXTS)]
 
 
+@pytest.fixture
+def decode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A way of multiplying."""
+    before = kernels.chosen()
+    kernels.use(kernels.Kernels(decode=request.param))
+    yield
+    kernels.use(before)
+
+
+@pytest.mark.usefixtures("decode")
+@pytest.mark.parametrize("decode", ["torch", "transposed", "packed"], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_logits_are_those_of_transformers(name: str) -> None:
     model = vivid(name)
@@ -81,6 +93,8 @@ def test_the_logits_are_those_of_transformers(name: str) -> None:
                 assert torch.allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.usefixtures("decode")
+@pytest.mark.parametrize("decode", ["torch", "transposed", "packed"], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_decoding_says_what_the_plain_forward_says_token_by_token(name: str) -> None:
     model, plain = vivid(name), vivid(name)

@@ -59,6 +59,8 @@ def test_a_prepared_product_is_the_linear_layer(decode: Decode, bias: bool, rows
         assert torch.allclose(product(layer.weight, layer.bias, torch.float32)(x), layer(x), atol=1e-5)
         assert torch.allclose(product(layer.weight.t().contiguous().t(), layer.bias, torch.float32)(x), layer(x), atol=1e-5)
         assert product(layer.weight, layer.bias, torch.bfloat16)(x).dtype == torch.bfloat16
+        batch = x[None].repeat(2, 1, 1)  # as transformers passes it, where a row is no row of the batch
+        assert torch.allclose(product(layer.weight, layer.bias, torch.float32)(batch), layer(batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
