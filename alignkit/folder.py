@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy", "safetensors", "datasets", "omegaconf", "pluggy")
 _COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")
 """Those whose other version may round, or draw, differently."""
-_PLACE = ("threads", "device", "cpu")
+_PLACE = ("threads", "device", "cpu", "kernels")
 """Of what was chosen on the machine, that which rounds differently elsewhere."""
 _FREE = ("dir", "trackers", "checkpoint", "checks", "threads")
 """Where metrics go, how often state is saved and what is looked at changes nothing that is learnt; threads change what is rounded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 _LARGEST = 2**31 - 1
 
 
@@ -18,5 +18,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     library = ctypes.CDLL(None)
+    # What one thread has freed is there for the next one; a thread's own arena would map each large block anew, whatever follows here.
+    library.mallopt(_ARENA_MAX, 1)
     library.mallopt(_MMAP_THRESHOLD, 1 << 30)
     library.mallopt(_TRIM_THRESHOLD, _LARGEST)

@@ -286,11 +286,20 @@ def lever_groups(model: str) -> list[Group]:
         if name == "lever_activations_kept":
             rows.append(Row(name="lever_activations_kept_memory", precision="fp32", metric="memory"))
         groups.append(Group(work=work, sides={"alignkit": ours(task), "peer": off}, rows=tuple(rows)))
+    one_by_one = ours("ppo", label="alignkit, one model at a time", patches=["benchmarks.levers:one_model_at_a_time"])
     each_time = ours("ppo", label="alignkit, layers each time", top_layers=10, patches=["benchmarks.levers:layers_computed_each_time"])
-    groups.append(
+    ppo = Work(model=model, **REAL_PPO)
+    groups += [
         Group(
-            work=Work(model=model, **REAL_PPO), sides={"alignkit": ours("ppo", top_layers=10), "peer": each_time},
+            work=ppo, sides={"alignkit": ours("ppo"), "peer": one_by_one},
+            rows=(
+                Row(name="lever_models_beside_each_other", precision="fp32"),
+                Row(name="lever_models_beside_each_other_memory", precision="fp32", metric="memory"),
+            ),
+        ),
+        Group(
+            work=ppo, sides={"alignkit": ours("ppo", top_layers=10), "peer": each_time},
             rows=(Row(name="lever_frozen_layers_once", precision="fp32", note="adapters in the uppermost 10 of 30 layers"),),
-        )
-    )  # fmt: skip
+        ),
+    ]  # fmt: skip
     return groups

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import alignkit.models.attention as attention
 import alignkit.models.decoding as decoding
 import alignkit.ops.logprobs as logprobs
+from alignkit.beside import one_after_another
 from alignkit.interfaces import TokenBatch, TokenScores
 from alignkit.models import causal_lm, kernels
 from alignkit.rollout.decoder import Decoder
@@ -71,6 +73,11 @@ def loop_adamw() -> None:
 def layers_computed_each_time() -> None:
     """Frozen layers are computed by every forward through them."""
     _put(update, shared_trunk=lambda *models, exact: None)
+
+
+def one_model_at_a_time() -> None:
+    """Policy and critic are computed one after the other, each on all threads."""
+    _put(update, beside=lambda device: nullcontext(one_after_another))
 
 
 def plain_weights() -> None:

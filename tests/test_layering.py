@@ -53,6 +53,7 @@ WORKSHOP = CONTRACT | {
     "seeds",
     "files",
     "average",
+    "beside",
     "guards",
 }
 """What a plugin may import of the core where the work is done."""

@@ -140,6 +140,18 @@ def for_serving() -> Kernels:
     return Kernels(decode="packed" if there else "torch")
 
 
+def again(before: Mapping[str, Any]) -> Kernels:
+    """What a run began with, where it is there; what is fastest now where it is not, as after a move to a machine without a C compiler."""
+    try:
+        kernels = Kernels(**before)
+    except TypeError:  # of another version
+        return probe()
+    sample = torch.ones(2, 16)
+    lacks_onednn = (kernels.linear == "onednn" or kernels.decode == "packed") and not _has_onednn(sample, sample)
+    lacks_compiler = kernels.fused and not compiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return probe() if lacks_onednn or lacks_compiler else kernels
+
+
 def _of_gpu() -> Kernels:
     return Kernels(bfloat16=torch.cuda.is_bf16_supported(), fused=compiles(torch.device("cuda")))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from alignkit import checks
 from alignkit.api import Context, Metrics, Policy, RunError, Sample, ScoredRollout, State, Stateful, TokenBatch
 from alignkit.average import WeightAverage
+from alignkit.beside import Both, beside, one_after_another
 from alignkit.data.collate import length_buckets
 from alignkit.data.pretraining import PretrainingStream
 from alignkit.guards.finite import finite_rows
@@ -71,10 +72,11 @@ class PPO:
 
     def update(self, batch: ScoredRollout) -> Metrics:
         """Rewards, advantages, then ``epochs`` passes of ``minibatches`` steps."""
-        experience, metrics = self._prepare(batch)
-        if self._leash:
-            self._leash.look(self._iteration + 1, metrics["kl/sequence_nats"])
-        steps = list(self._learn(experience, exact=batch.rollout.exact or self._policy.exact))
+        with beside(next(self._policy.module.parameters()).device) as both:
+            experience, metrics = self._prepare(batch, both)
+            if self._leash:
+                self._leash.look(self._iteration + 1, metrics["kl/sequence_nats"])
+            steps = list(self._learn(experience, both, exact=batch.rollout.exact or self._policy.exact))
         metrics |= _over(steps) | {"policy/steps_count": float(sum("loss/policy" in step for step in steps))}
         self._policy.version += 1
         self._iteration += 1
@@ -87,7 +89,7 @@ class PPO:
         return metrics
 
     @torch.no_grad()
-    def _prepare(self, scored: ScoredRollout) -> tuple[Experience, dict[str, float]]:
+    def _prepare(self, scored: ScoredRollout, both: Both = one_after_another) -> tuple[Experience, dict[str, float]]:
         rollout, config = scored.rollout, self._config
         values = [score.value for score in scored.scores]
         if all(value is None for value in values):
@@ -104,8 +106,10 @@ class PPO:
         batch = TokenBatch(rollout.batch.ids, rollout.batch.mask, mask)
         if self._trunk and self._trunk.fits(batch):
             batch = self._trunk.under(batch, self._each(batch, self._trunk.states))
-        reference = self._each(batch, lambda part: self._reference.score_tokens(part, temperature=config.temperature).logprobs)
-        critic = self._each(batch, self._critic.values)
+        reference, critic = both(
+            lambda: self._each(batch, lambda part: self._reference.score_tokens(part, temperature=config.temperature).logprobs),
+            lambda: self._each(batch, self._critic.values),
+        )
         recorded = torch.where(mask, rollout.logprobs, 0.0)
         # The sampler's own log-probabilities are the training forward's where both compute in float32.
         trust = rollout.exact and config.correction is None
@@ -186,17 +190,18 @@ class PPO:
     def _logprobs(self, part: TokenBatch) -> Tensor:
         return self._policy.score_tokens(part, temperature=self._config.temperature).logprobs
 
-    def _learn(self, experience: Experience, *, exact: bool) -> Iterator[dict[str, float]]:
+    def _learn(self, experience: Experience, both: Both, *, exact: bool) -> Iterator[dict[str, float]]:
         """The figures of each minibatch's step; the steps that an early stop leaves out are skipped by both schedules."""
         warming = self._iteration < self._config.critic_warmup
         limit = self._config.early_stop_kl
         for done, index in enumerate(self._minibatches(len(experience)), start=1):
             minibatch = experience.rows(index)
-            critic = self._critic_step(minibatch)
+            critic_step = partial(self._critic_step, minibatch)
             if warming:
-                yield critic
+                yield critic_step()
                 continue
-            policy = self._policy_step(minibatch, check=self._context.checks and done == 1, exact=exact)
+            policy_step = partial(self._policy_step, minibatch, check=self._context.checks and done == 1, exact=exact)
+            policy, critic = both(policy_step, critic_step)
             if self._average and not policy["guard/skipped_steps"]:
                 self._average.update()
             yield policy | critic | {"guard/skipped_steps": policy["guard/skipped_steps"] + critic["guard/skipped_steps"]}

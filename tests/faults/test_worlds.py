@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignkit.errors import RunError
+from alignkit.models import kernels
 from tests.faults.conftest import Faults
 from tests.faults.running import Project, Traces, events, traces
 
@@ -79,13 +80,15 @@ def test_another_version_of_a_plugin_is_refused(project: Project, uninterrupted:
 
 
 def test_other_threads_and_libraries_are_a_warning(
-    project: Project, going_on: Path, faults: Faults, capsys: pytest.CaptureFixture[str]
+    project: Project, going_on: Path, faults: Faults, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults("two threads, and another torch")
+    faults("two threads, and another torch, which has no oneDNN")
+    monkeypatch.setattr(kernels, "_has_onednn", lambda x, weight: False)
     record = json.loads((going_on / "run.json").read_text())
     now = record["libraries"]["torch"]
     record["libraries"] |= {"torch": "2.8.0", "pluggy": "1.0"}
     record["choices"]["cpu"] = "DEFAULT"
+    record["choices"]["kernels"]["decode"] = "packed"
     (going_on / "run.json").write_text(json.dumps(record))
     try:
         project.go_on(going_on, "threads=2")
@@ -96,7 +99,7 @@ def test_other_threads_and_libraries_are_a_warning(
     (noted,) = events(going_on, "rounds differently")
     found = noted["changes"]
     assert isinstance(found, list)
-    assert [change.split(":")[0] for change in found] == ["libraries.torch", "cpu", "threads"]
+    assert [change.split(":")[0] for change in found] == ["libraries.torch", "cpu", "kernels.decode", "threads"]
     assert f'libraries.torch: "2.8.0" -> "{now}"' in said
     assert "threads: 1 -> 2" in said
 

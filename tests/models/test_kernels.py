@@ -44,6 +44,18 @@ def test_decoding_takes_another_way_where_that_is_clearly_faster(seconds: dict[D
     assert kernels._fastest(seconds) == fastest
 
 
+def test_a_run_that_goes_on_multiplies_as_it_began_where_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, packed, compiled = Kernels(), Kernels(decode="packed"), Kernels(fused=True)
+    monkeypatch.setattr(kernels, "probe", lambda: plain)
+    assert kernels.again(dataclasses.asdict(packed)) == packed
+    assert kernels.again({"way_of_a_later_version": True}) == plain
+    monkeypatch.setattr(kernels, "compiles", lambda device: False)
+    assert kernels.again(dataclasses.asdict(compiled)) == plain
+    monkeypatch.setattr(kernels, "_has_onednn", lambda x, weight: False)
+    assert kernels.again(dataclasses.asdict(packed)) == plain
+    assert kernels.again(dataclasses.asdict(Kernels(decode="transposed"))) == Kernels(decode="transposed")
+
+
 def test_a_process_computes_with_what_it_was_told() -> None:
     use(Kernels(linear="onednn"))
     assert kernels.chosen().linear == "onednn"

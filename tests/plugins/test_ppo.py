@@ -114,6 +114,27 @@ def test_frozen_layers_are_computed_once_an_iteration_and_the_update_is_the_same
         assert torch.allclose(shared[name], weight, atol=2e-5), name
 
 
+@pytest.mark.parametrize("tuning", [TuningConfig(), TuningConfig(kind="lora", rank=4), TuningConfig(kind="lora", rank=4, top_layers=1)])
+def test_policy_and_critic_learn_beside_each_other_what_they_learn_one_after_the_other(tmp_path: Path, tuning: TuningConfig) -> None:
+    """To the bit, where each has the one thread that it has otherwise."""
+    policy = replace(TINY, tuning=tuning)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(1)
+        ppo = make(tmp_path / str(threads), SMALL, policy)
+        metrics = []
+        for step in range(2):
+            batch = scored(ppo, SMALL, step)
+            torch.set_num_threads(threads)
+            metrics.append(ppo.update(batch))
+            torch.set_num_threads(1)
+        found.append((metrics, ppo.state()))
+    (metrics, alone), (others, together) = found
+    assert metrics == others
+    assert alone.values == together.values
+    assert all(torch.equal(tensor, together.tensors[name]) for name, tensor in alone.tensors.items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
