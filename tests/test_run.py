@@ -106,6 +106,19 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(finished: Path, tm
     assert learnt(run, stage) == learnt(finished, stage)
 
 
+def test_on_two_threads_where_policy_and_critic_learn_at_once_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole, run = ([f"dir={tmp_path / name}", "threads=2"] for name in ("whole", "run"))
+    try:
+        wanted = alignkit.run(SMOKE, whole)
+        with ctrl_c("ppo", 3), pytest.raises(Interrupted):
+            alignkit.run(SMOKE, run)
+        found = alignkit.run(SMOKE, run)
+    finally:
+        torch.set_num_threads(1)
+    assert weights(found) == weights(wanted)
+    assert learnt(found, "ppo") == learnt(wanted, "ppo")
+
+
 def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     compute_like(run, finished)
