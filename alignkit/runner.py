@@ -55,7 +55,10 @@ def _run(loaded: LoadedConfig, registry: Registry, folder: Path, terminal: Termi
     device = str(pick_device())
     # Another way of multiplying would round differently: a run goes on with the one it began with, where it goes on on the same device.
     before = choices_of(folder)
-    kernels.use(kernels.again(before["kernels"]) if before.get("device") == device and "kernels" in before else kernels.probe())
+    if before.get("device") == device and "kernels" in before:
+        kernels.use(kernels.again(before["kernels"]))
+    else:
+        kernels.use(kernels.plain() if run.kernels == "plain" else kernels.probe())
     choices = {
         "threads": torch.get_num_threads(),
         "device": device,

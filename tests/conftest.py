@@ -21,14 +21,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @pytest.fixture(scope="module", autouse=True)
 def _multiply_alike() -> Iterator[None]:
     """Every test multiplies in the plain way, whatever is fastest on a busy machine at that moment; those of the other ways name them."""
-    import torch
 
     from alignkit.models import kernels
 
     with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():  # a GPU's way is measured nowhere
-            patch.setattr(kernels, "_chosen", kernels.Kernels())
-            patch.setattr(kernels, "probe", kernels.Kernels)
+        patch.setattr(kernels, "_chosen", kernels.plain())
+        patch.setattr(kernels, "probe", kernels.plain)
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,15 +29,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def learnt(run: Path, stage: str) -> list[dict[str, float]]:
     """The stage's metrics, without wall-clock figures."""
     return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines(run / stage / "metrics.jsonl")]
-
-
-def compute_like(run: Path, other: Path) -> None:
-    """Let ``run``, which another process will begin with the same config, multiply as ``other`` found to be fastest.
-
-    On a busy machine it might find another way, which rounds differently.
-    """
-    run.mkdir()
-    shutil.copy(other / "run.json", run)
 
 
 @contextmanager

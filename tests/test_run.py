@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import alignkit
 from alignkit.errors import CheckpointError, Interrupted, RunError
 from alignkit.files import sha256
+from alignkit.folder import choices_of
 from alignkit.interfaces import TokenBatch
+from alignkit.models import kernels
 from alignkit.models.causal_lm import load
 from alignkit.models.config import TuningConfig
+from alignkit.models.kernels import Kernels
 from alignkit.runner import run_config
 from tests.data.chat import merging_codec
-from tests.runs import compute_like, ctrl_c, learnt, weights
+from tests.runs import ctrl_c, learnt, weights
 
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
@@ -106,6 +109,19 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(finished: Path, tm
     assert learnt(run, stage) == learnt(finished, stage)
 
 
+def test_a_run_multiplies_in_the_plain_way_where_its_config_says_so_and_else_in_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Kernels(decode="transposed")
+    monkeypatch.setattr(kernels, "probe", lambda: other)
+    monkeypatch.setattr(kernels, "_chosen", None)
+    for way, wanted in (("plain", kernels.plain()), ("fastest", other)):
+        run = tmp_path / way
+        with ctrl_c("sft", 1), pytest.raises(Interrupted):
+            alignkit.run(SMOKE, [f"dir={run}", f"kernels={way}"])
+        assert Kernels(**choices_of(run)["kernels"]) == kernels.chosen() == wanted
+
+
 def test_on_two_threads_where_policy_and_critic_learn_at_once_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole, run = ([f"dir={tmp_path / name}", "threads=2"] for name in ("whole", "run"))
     try:
@@ -121,7 +137,6 @@ def test_on_two_threads_where_policy_and_critic_learn_at_once_a_stopped_run_goes
 
 def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    compute_like(run, finished)
     command = [sys.executable, "-m", "alignkit", "run", str(SMOKE), f"dir={run}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

@@ -94,6 +94,11 @@ class RunConfig:
     dir: str = setting("runs/${name}", "the run's folder")
     seed: int = setting(0, "every random choice of the run follows from it", at_least=0, at_most=2**32 - 1)
     threads: int = setting(0, "CPU threads; 0: as many as there are cores", at_least=0)
+    kernels: Literal["fastest", "plain"] = setting(
+        "fastest",
+        "how a CPU multiplies. fastest: what is fastest when the run begins; plain: as torch does, so that a second run from the same seed "
+        "has the same weights to the bit, whatever is fastest then",
+    )
     policy: Component[Policy] = setting(doc="the model to align")
     stages: tuple[StageConfig, ...] = setting(doc="what is done, in order")
     trackers: tuple[Component[Tracker], ...] = setting((), "where metrics go besides the terminal and metrics.jsonl")

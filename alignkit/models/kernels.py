@@ -128,6 +128,11 @@ def _fastest(seconds: Mapping[Decode, float]) -> Decode:
     return best
 
 
+def plain() -> Kernels:
+    """Torch's own products, which no measurement chooses; a GPU's are those of ``probe``, which measures nothing there either."""
+    return _of_gpu() if torch.cuda.is_available() else Kernels()
+
+
 def for_serving() -> Kernels:
     """Products in which no row's numbers depend on how many rows there are, where oneDNN has them: what one is answered does not hang on
     who else asks. A matrix product of torch's own splits its sums by the number of rows.

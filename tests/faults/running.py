@@ -17,7 +17,6 @@ import pytest
 
 from alignkit.files import sha256
 from alignkit.runner import run_config
-from tests.runs import compute_like
 
 HERE = Path(__file__).parent
 STAGES = {"sft": 8, "reward": 6, "ppo": 8}
@@ -59,10 +58,7 @@ class Project:
         (about / "entry_points.txt").write_text("[alignkit]\nmoody = moody\n")
 
     def start(self, run: Path, *more: str) -> subprocess.Popen[str]:
-        """A process whose output goes to a file beside the run's folder; all compute as the uninterrupted one does."""
-        first = self.folder / "uninterrupted"
-        if run != first and not run.exists():
-            compute_like(run, first)
+        """A process whose output goes to a file beside the run's folder."""
         command = [sys.executable, "-m", "alignkit", "run", str(self.folder / "faults.yaml"), f"dir={run}", *more]
         environment = {
             **os.environ,
