@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +76,8 @@ def load_tokenizer(source: str, config: CausalLMConfig) -> Any:
 def codec_of_model(config: CausalLMConfig) -> TemplateCodec:
     """The codec of the config's model, without its weights."""
     source = locate(config.model)
-    return _codec(source, load_tokenizer(source, config), trust_remote_code=config.trust_remote_code)
+    with _reading_once(source):
+        return _codec(source, load_tokenizer(source, config), trust_remote_code=config.trust_remote_code)
 
 
 def codec_of_folder(folder: Path, *, trust_remote_code: bool = False) -> TemplateCodec:
@@ -99,22 +103,46 @@ def _convert(source: str, config: CausalLMConfig, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(source, config)
     where, options = _transformers_arguments(source)
-    model = _try(
-        config.model,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch.float32, use_safetensors=None if options else True, trust_remote_code=config.trust_remote_code, **options
-        ),
-    )
+    with _reading_once(source):
+        tokenizer = load_tokenizer(source, config)
+        model = _try(
+            config.model,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch.float32, use_safetensors=None if options else True, trust_remote_code=config.trust_remote_code, **options
+            ),
+        )
     if options:
         # A model read from GGUF counts as quantised and refuses to be saved; its weights are plain float32 by now.
         plain = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
         weights = model.state_dict()
-        model = type(model)(plain)
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # nothing is drawn that the weights replace
+            model = type(model)(plain)
+        model.load_state_dict(weights, assign=True)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _reading_once(source: str) -> Iterator[None]:
+    """Within, ``source`` is taken apart once where it is a GGUF file, and names are mapped once.
+
+    transformers does the former for the tokenizer, for the config and for the weights, and the latter for each module, which for a model of
+    135 million weights is two thirds of the time that it takes to read it.
+    """
+    if not source.endswith(".gguf"):
+        yield
+        return
+    import gguf
+
+    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in plain.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(gguf, name, function)
 
 
 def _transformers_arguments(source: str) -> tuple[str, dict[str, str]]:

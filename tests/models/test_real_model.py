@@ -4,13 +4,14 @@ import importlib.util
 import os
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from alignkit.models.causal_lm import CausalPolicy, load
 from alignkit.models.config import CausalLMConfig, TuningConfig
-from alignkit.models.source import prepare
+from alignkit.models.source import codec_of_model, locate, prepare
 from alignkit.rollout import LocalEngine
 from alignkit.types import Demonstration, Message, Prompt, PromptRow, Sampling
 
@@ -34,6 +35,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def policy(folder: Path) -> CausalPolicy:
     return load(folder, tuning=TuningConfig(kind="lora", top_layers=2), precision="float32", trainable=True, seed=0)
+
+
+def test_a_gguf_file_is_taken_apart_once_for_tokenizer_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    codec_of_model(CausalLMConfig(model=MODEL))
+    assert opened == [locate(MODEL)]
+    assert gguf.GGUFReader is Reader
 
 
 def asked(policy: CausalPolicy, *prompts: Prompt) -> list[PromptRow]:
