@@ -6,19 +6,24 @@ what they make of a text.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignkit.data.collate import collate, length_buckets
 from alignkit.interfaces import Below, TokenBatch
 from alignkit.models.attention import hidden_states
 from alignkit.models.blocks import blocks, instead
 from alignkit.models.causal_lm import autocast
+from alignkit.types import TokenRow
 
+_TOKENS = 8192  # of one forward without gradients
 _MOST = 1 << 28
-"""Numbers in the states of a batch, 1 GiB in float32. Of more, each forward computes its own."""
+"""Numbers in the states that are kept, 1 GiB in float32. Of more, each forward computes its own."""
 
 
 class Trunk:
@@ -26,7 +31,7 @@ class Trunk:
 
     def __init__(self, models: tuple[Any, ...], depth: int, *, exact: bool) -> None:
         self._models = models
-        self._depth = depth
+        self.depth = depth
         self._exact = exact
 
     def fits(self, batch: TokenBatch) -> bool:
@@ -43,7 +48,7 @@ class Trunk:
             found.append(x[0])
             return x
 
-        first, *rest = blocks(model)[self._depth :]
+        first, *rest = blocks(model)[self.depth :]
         device = next(model.parameters()).device
         with instead({first: keep, **dict.fromkeys(rest, _pass_through)}), autocast("float32" if self._exact else "bfloat16", device):
             _, line = hidden_states(model, batch)
@@ -52,7 +57,7 @@ class Trunk:
 
     def under(self, batch: TokenBatch, states: Tensor) -> TokenBatch:
         """The batch, with its ``states``: forwards of the models begin with them."""
-        return replace(batch, below=Below(states, self._models, self._depth))
+        return replace(batch, below=Below(states, self._models, self.depth))
 
 
 def shared_trunk(model: Any, *others: Any, exact: bool) -> Trunk | None:
@@ -75,6 +80,39 @@ def shared_trunk(model: Any, *others: Any, exact: bool) -> Trunk | None:
                 weight.data = own[name].data
             sharing.append(other)
     return Trunk(tuple(sharing), depth, exact=exact)
+
+
+class Kept:
+    """What a model's frozen layers make of rows that are read again and again: each epoch begins above them."""
+
+    def __init__(self, trunk: Trunk | None, rows: Sequence[TokenRow]) -> None:
+        self._trunk = trunk
+        self._states: dict[tuple[int, ...], Tensor] = {}
+        if trunk is None:
+            return
+        # Batches that follow from the rows alone: in another one a state is rounded differently, and a run that goes on makes them anew.
+        for bucket in length_buckets([len(row) for row in rows], _TOKENS):
+            some = [rows[i] for i in bucket]
+            for row, states in zip(some, trunk.states(collate(some)), strict=True):
+                self._states[row.ids] = states[: len(row)].clone()
+
+    def under(self, batch: TokenBatch, documents: Sequence[Sequence[TokenRow]]) -> TokenBatch:
+        """The batch, whose rows are ``documents`` one after the other, with their states; as it is where one of them is not known."""
+        if self._trunk is None or any(row.ids not in self._states for row in chain(*documents)):
+            return batch
+        states = [torch.cat([self._states[row.ids] for row in one]) for one in documents]
+        return self._trunk.under(batch, nn.utils.rnn.pad_sequence(states, batch_first=True))
+
+
+def keep_states(model: Any, rows: Sequence[TokenRow], *, exact: bool, say: Callable[[str], None]) -> Kept:
+    """Compute the frozen layers at the bottom of ``model`` once for all ``rows``; for none where there are no such layers, or where what
+    they make of the rows is too much to keep.
+    """
+    trunk = shared_trunk(model, exact=exact)
+    if trunk is None or not rows or sum(map(len, rows)) * int(model.config.hidden_size) > _MOST:
+        return Kept(None, ())
+    say(f"the lowest {trunk.depth} layers are frozen: what they make of {len(rows)} rows is computed once")
+    return Kept(trunk, rows)
 
 
 def _weights_below(model: Any, depth: int) -> dict[str, nn.Parameter]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from alignkit.api import Sample, Score, TokenRow
+from alignkit.api import Sample, Score, TokenBatch, TokenRow
 from alignkit.checks import padding_changes_nothing
 from alignkit.data.collate import collate, length_buckets
 
@@ -39,10 +39,10 @@ class TrainedReward:
 
 
 @torch.inference_mode()
-def scores_of(model: ScalarModel, rows: Sequence[TokenRow]) -> list[float]:
+def scores_of(model: ScalarModel, rows: Sequence[TokenRow], collated: Callable[[Sequence[TokenRow]], TokenBatch] = collate) -> list[float]:
     """The score of each row, in order."""
     values = [0.0] * len(rows)
     for bucket in length_buckets([len(row) for row in rows], _TOKENS):
-        for i, value in zip(bucket, model.scores(collate([rows[i] for i in bucket])).tolist(), strict=True):
+        for i, value in zip(bucket, model.scores(collated([rows[i] for i in bucket])).tolist(), strict=True):
             values[i] = value
     return values

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.api import Context, DataError, Metrics, RankedRows, State
+from alignkit.api import Context, DataError, Metrics, RankedRows, State, TokenBatch, TokenRow
 from alignkit.checks import padding_changes_nothing
 from alignkit.data.collate import collate, length_buckets
 from alignkit.data.order import Order
 from alignkit.files import write_json
 from alignkit.learner import Learner
 from alignkit.loops import offline
+from alignkit.models.trunk import keep_states
 from alignkit.ops.losses import kwise_loss
 from alignkit.ops.stats import pair_accuracy
 from alignkit_reward_model import RewardModelConfig, plan
@@ -39,6 +40,7 @@ class RewardModel:
         # Both may find that the data is not what they need, which is better known before the training than after it.
         self._groups = labeler_groups(context.rows, config.folds) if config.cross_validate == "labeler" else None
         self._demonstrations = demonstration_rows(config.demonstrations, context, self._model.codec) if config.demonstrations else []
+        self._kept = keep_states(self._model.backbone, self._read_again(), exact=self._model.exact, say=context.say)
         self._validated: dict[str, Any] | None = None
         self._padding_to_check = context.checks
 
@@ -92,11 +94,20 @@ class RewardModel:
     def _scores(self, rankings: Sequence[RankedRows]) -> tuple[Tensor, Tensor]:
         """Rewards and ranks [n k] of rankings, padded with rank 0; one forward a response."""
         width = max(len(ranking.rows) for ranking in rankings)
-        flat = self._model.scores(collate([row for ranking in rankings for row in ranking.rows])).cpu()
+        flat = self._model.scores(self._collate([row for ranking in rankings for row in ranking.rows])).cpu()
         parts = torch.split(flat, [len(ranking.rows) for ranking in rankings])
         scores = torch.stack([torch.nn.functional.pad(part, (0, width - len(part))) for part in parts])
         ranks = torch.tensor([[*ranking.ranks, *(0,) * (width - len(ranking.ranks))] for ranking in rankings])
         return scores, ranks
+
+    def _collate(self, rows: Sequence[TokenRow]) -> TokenBatch:
+        return self._kept.under(collate(rows), [[row] for row in rows])
+
+    def _read_again(self) -> list[TokenRow]:
+        """The responses, where at least half of them are read more than once."""
+        rows = [row for ranking in self._context.rows for row in ranking.rows]
+        normalized = len(response_rows(self._context.rows)) if self._config.normalize == "standard" else 0
+        return rows if self._config.epochs > 1 or normalized * 2 >= len(rows) else []
 
     def _loss(self, rankings: Sequence[RankedRows], scores: Tensor, ranks: Tensor) -> Tensor:
         """The loss of each ranking [n]."""
@@ -122,7 +133,7 @@ class RewardModel:
         choice = self._config.normalize
         if choice != "none":
             rows = self._demonstrations if choice == "demonstrations" else response_rows(self._context.rows)
-            self._model.offset, self._model.gain = normalization(scores_of(self._model, rows), scale=choice == "standard")
+            self._model.offset, self._model.gain = normalization(scores_of(self._model, rows, self._collate), scale=choice == "standard")
             goal = "demonstrations score 0 on average" if choice == "demonstrations" else "ranked responses have mean 0 and std 1"
             self._context.say(f"reward: less {self._model.offset:.3f}, times {self._model.gain:.3f}: {len(rows)} {goal}")
         try:

@@ -17,6 +17,7 @@ from alignkit.data.collate import best_fit, collate, length_buckets, pack
 from alignkit.data.pretraining import PretrainingStream
 from alignkit.learner import Learner
 from alignkit.models.dropout import dropping, residual_dropouts
+from alignkit.models.trunk import keep_states
 from alignkit.ops.losses import nll_loss
 from alignkit.seeds import derived_seed
 
@@ -35,6 +36,9 @@ class SFT:
         self._learner = Learner(self._policy.module, config, steps=context.plan.steps, guard=context.guard)
         self._dropouts = residual_dropouts(self._policy.module) if config.dropout else []
         self._pretraining = _Share(config.pretrain, context, self._policy.codec, context.plan.rows) if config.pretrain else None
+        # What is dropped differs from epoch to epoch, and so does what frozen layers make of a text.
+        read_again = context.rows if config.epochs > 1 and not self._dropouts else ()
+        self._kept = keep_states(self._policy.module, read_again, exact=self._policy.exact, say=context.say)
         self._isolation_to_check = context.checks and config.packing
         self._step = 0
         if context.checks:
@@ -69,12 +73,13 @@ class SFT:
 
     def _microbatches(self, rows: Sequence[TokenRow], tokens: int) -> list[TokenBatch]:
         if not self._config.packing:
-            return [collate([rows[i] for i in some]) for some in length_buckets([len(row) for row in rows], tokens)]
+            parts = [[rows[i] for i in some] for some in length_buckets([len(row) for row in rows], tokens)]
+            return [self._kept.under(collate(part), [[row] for row in part]) for part in parts]
         # No wider than the longest row needs: attention costs the square of the width.
         bins = best_fit([len(row) for row in rows], max(map(len, rows)))
         lengths = [sum(len(rows[i]) for i in one) for one in bins]
-        buckets = length_buckets(lengths, tokens)
-        return [pack([[rows[i] for i in bins[b]] for b in some]) for some in buckets]
+        packed = [[[rows[i] for i in bins[b]] for b in some] for some in length_buckets(lengths, tokens)]
+        return [self._kept.under(pack(part), part) for part in packed]
 
     def _dropout(self, part: TokenBatch) -> AbstractContextManager[None]:
         if not self._dropouts:

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from alignkit.data.collate import collate
+from alignkit.data.collate import collate, pack
 from alignkit.models import trunk
 from alignkit.models.config import TuningConfig
 from alignkit.models.scalar import ScalarModel
-from alignkit.models.trunk import shared_trunk
+from alignkit.models.trunk import keep_states, shared_trunk
 from alignkit.types import TokenRow
 from tests.fakes import ARCHITECTURES, tiny_policy
 
@@ -97,3 +97,30 @@ def test_states_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch)
     assert shared.fits(batch)
     monkeypatch.setattr(trunk, "_MOST", batch.ids.numel() * 32 - 1)
     assert not shared.fits(batch)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_are_read_again_begin_above_the_frozen_layers_however_they_are_laid_out(architecture: str) -> None:
+    policy, said = tiny_policy(architecture, tuning=ADAPTERS), list[str]()
+    kept = keep_states(policy.module, ROWS, exact=True, say=said.append)
+    assert said == ["the lowest 1 layers are frozen: what they make of 4 rows is computed once"]
+    packed = [[ROWS[3], ROWS[0]], [ROWS[1]]]
+    for batch, documents in ((collate(ROWS[::-1]), [[row] for row in ROWS[::-1]]), (pack(packed), packed)):
+        known = kept.under(batch, documents)
+        assert known.below is not None
+        assert torch.allclose(policy.score_tokens(known).logprobs, policy.score_tokens(batch).logprobs, atol=1e-6)
+
+
+def test_a_row_that_was_not_told_of_is_computed_with_all_that_is_beside_it() -> None:
+    kept = keep_states(tiny_policy(tuning=ADAPTERS).module, ROWS[:3], exact=True, say=print)
+    batch = collate(ROWS)
+    assert kept.under(batch, [[row] for row in ROWS]) is batch
+
+
+def test_of_layers_that_are_trained_and_of_too_many_rows_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    batch, documents = collate(ROWS), [[row] for row in ROWS]
+    assert keep_states(tiny_policy().module, ROWS, exact=True, say=said.append).under(batch, documents) is batch
+    monkeypatch.setattr(trunk, "_MOST", sum(map(len, ROWS)) * 32 - 1)
+    assert keep_states(tiny_policy(tuning=ADAPTERS).module, ROWS, exact=True, say=said.append).under(batch, documents) is batch
+    assert said == []

@@ -1,8 +1,10 @@
+import copy
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ import torch
 from alignkit.data.collate import collate
 from alignkit.data.sources import FileConfig
 from alignkit.errors import DataError, RunError, SettingError
+from alignkit.interfaces import TokenBatch
 from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.models.scalar import ScalarModel, load_scalar
 from alignkit.models.tiny import byte_codec
+from alignkit.models.trunk import Kept
 from alignkit.settings import Component
 from alignkit.testing import make_context
 from alignkit.types import Message, Prompt, RankedRows, Ranking, Sample
-from alignkit_reward_model import RewardModelConfig, plan
+from alignkit_reward_model import RewardModelConfig, plan, update
 from alignkit_reward_model.cross_validation import labeler_groups, split
 from alignkit_reward_model.normalization import normalization
 from alignkit_reward_model.source import TrainedReward, scores_of
@@ -64,6 +68,52 @@ def test_it_learns_the_ranking_and_scores_keep_it_after_save_and_load(tmp_path: 
     values = [score.value for score in source.score([Sample(prompt, f"{word} film") for word in WORDS])]
     assert None not in values
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [({"epochs": 1}, True), ({"epochs": 3, "normalize": "none"}, True), ({"epochs": 1, "normalize": "none"}, False)],
+    ids=["an epoch and the scores that are normalised", "three epochs", "everything is read once"],
+)
+def test_frozen_layers_are_computed_once_for_all_that_reads_the_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], known: bool
+) -> None:
+    policy, rows, config = replace(TINY, tuning=TuningConfig(kind="lora", rank=4, top_layers=1)), rankings(), replace(CONFIG, **change)
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "keep_states", lambda *_, **__: Kept(None, ()))
+        plain = make(tmp_path, config, rows, policy)
+    kept, seen = make(tmp_path, config, rows, policy), list[bool]()
+    scores = kept._model.scores
+
+    def noting(batch: TokenBatch) -> torch.Tensor:
+        seen.append(batch.below is not None)
+        return scores(batch)
+
+    monkeypatch.setattr(kept._model, "scores", noting)
+    for _ in range(3):
+        assert kept.update(rows)["loss/ranking_nats"] == pytest.approx(plain.update(rows)["loss/ranking_nats"], rel=1e-5)
+    for name, optimizer in (("plain", plain), ("kept", kept)):
+        optimizer.save(tmp_path / name)
+    assert reload(tmp_path / "kept").offset == pytest.approx(reload(tmp_path / "plain").offset, abs=1e-5)
+    assert reload(tmp_path / "kept").gain == pytest.approx(reload(tmp_path / "plain").gain, rel=1e-4)
+    assert set(seen[2:]) == {known}  # the first two are the check of padding
+
+
+def test_a_run_that_goes_on_makes_the_same_of_its_frozen_layers(tmp_path: Path) -> None:
+    policy, rows = replace(TINY, tuning=TuningConfig(kind="lora", rank=4, top_layers=1)), rankings()
+    whole = make(tmp_path, policy=policy)
+    for batch in (rows[:4], rows[2:], rows[1:5]):
+        whole.update(batch)
+    stopped = make(tmp_path, policy=policy)
+    stopped.update(rows[:4])
+    state = copy.deepcopy(stopped.state())
+    resumed = make(tmp_path, policy=policy)
+    resumed.load_state(state)
+    for batch in (rows[2:], rows[1:5]):
+        resumed.update(batch)
+    expected, found = whole.state().tensors, resumed.state().tensors
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -8,7 +8,8 @@ import torch
 
 from alignkit.data.sources import FileConfig
 from alignkit.errors import ModelError, RunError
-from alignkit.models.config import TinyLMConfig
+from alignkit.interfaces import TokenBatch
+from alignkit.models.config import TinyLMConfig, TuningConfig
 from alignkit.settings import Component
 from alignkit.testing import make_context
 from alignkit.types import Demonstration, Message, Prompt, TokenRow
@@ -81,6 +82,24 @@ def test_packing_changes_neither_the_loss_nor_the_gradient(tmp_path: Path, archi
     for name in ("loss/nll_nats", "optimizer/grad_norm"):
         assert second[name] == pytest.approx(first[name], rel=1e-5), name
     assert packed.validate(batch)["loss/nll_nats"] == pytest.approx(plain.validate(batch)["loss/nll_nats"], rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_frozen_layers_are_computed_once_for_all_epochs_and_change_nothing_but_the_time(tmp_path: Path, packing: bool) -> None:
+    policy, batch = replace(TINY, tuning=TuningConfig(kind="lora", rank=4, top_layers=1)), rows(make(tmp_path))
+    said, seen, losses = list[str](), list[TokenBatch](), list[list[float]]()
+    for epochs in (1, 3):
+        config = replace(CONFIG, epochs=epochs, packing=packing)
+        sft = SFT(config, replace(make_context(tmp_path, plan=plan(config, 4), rows=batch, policy=policy), say=said.append))
+        plainly = sft._policy.score_tokens
+        sft._policy.score_tokens = lambda part, plainly=plainly, **options: (seen.append(part), plainly(part, **options))[1]
+        losses.append([*(sft.update(batch)["loss/nll_nats"] for _ in range(3)), sft.validate(batch)["loss/nll_nats"]])
+    once, again = losses
+    assert again == pytest.approx(once, rel=1e-5)
+    assert once[3] < once[0] - 0.05
+    assert said == ["the lowest 1 layers are frozen: what they make of 4 rows is computed once"]  # not where there is one epoch
+    of_a_step = [part for part in seen if part.mask.sum() == sum(map(len, batch))]
+    assert [part.below is not None for part in of_a_step] == [False] * 4 + [True] * 4
 
 
 def test_packing_needs_fewer_rows(tmp_path: Path) -> None:
