@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -110,14 +110,10 @@ def reward(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) -> S
     from alignkit_reward_model import RewardModelConfig, build, plan
 
     config = RewardModelConfig(epochs=FOREVER, batch=work.batch, decay="constant", normalize="none")
-    optimizer = build(config, context(work, told, plan(config, work.batch)))
+    optimizer = build(config, context(work, told, plan(config, work.batch), ranked_rows(work)))
 
     def step(**other: Any) -> Mapping[str, Any]:
-        now = replace(work, **other)
-        rankings = [
-            RankedRows(f"ranking {i}", tuple(response_row(ids, len(prompt)) for ids in group), tuple(range(1, now.k + 1)))
-            for i, (prompt, group) in enumerate(zip(now.prompts(), now.rankings(), strict=True))
-        ]
+        rankings = ranked_rows(replace(work, **other))
         begin = clock()
         optimizer.update(rankings)
         return {"seconds": clock() - begin, "tokens": sum(len(one.rows) * (len(one.rows) - 1) // 2 for one in rankings)}
@@ -158,12 +154,12 @@ def one_by_one(work: Work, told: Mapping[str, Any], clock: Callable[[], float]) 
     return step
 
 
-def context(work: Work, told: Mapping[str, Any], plan: Plan) -> Context:
+def context(work: Work, told: Mapping[str, Any], plan: Plan, rows: Sequence[RankedRows] = ()) -> Context:
     """A stage's surroundings in which every model is the work's."""
     folder, say = Path(tempfile.mkdtemp()), partial(print, flush=True)
     return Context(
         seed=work.seed, folder=folder, registry=find_plugins(),
-        start=None, reference=None, plan=plan, rows=(), checks=True,
+        start=None, reference=None, plan=plan, rows=rows, checks=True,
         artifact=lambda stage: Path(work.model), load_policy=lambda stage, trainable: load_policy(work, told, trainable),
         load_scalar=lambda stage, trainable: load_scalar_model(work, told, trainable),
         journal=Journal(folder / "rewards.db"), guard=Guard("bench", GuardConfig(), "", say, EventLog(folder / "events.jsonl")), say=say,
@@ -198,6 +194,14 @@ def token_rows(drawn: Rollout) -> list[TokenRow]:
     counts = batch.mask.sum(dim=1).tolist()
     ids, marks = batch.ids.tolist(), batch.loss_mask.tolist()
     return [TokenRow(str(i), tuple(ids[i][:count]), tuple(marks[i][:count])) for i, count in enumerate(counts)]
+
+
+def ranked_rows(work: Work) -> list[RankedRows]:
+    """The first response of each prompt is the best one."""
+    return [
+        RankedRows(f"ranking {i}", tuple(response_row(ids, len(prompt)) for ids in group), tuple(range(1, work.k + 1)))
+        for i, (prompt, group) in enumerate(zip(work.prompts(), work.rankings(), strict=True))
+    ]
 
 
 def response_row(ids: list[int], prompt: int) -> TokenRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.bench_work import Work
@@ -288,7 +288,8 @@ def lever_groups(model: str) -> list[Group]:
         groups.append(Group(work=work, sides={"alignkit": ours(task), "peer": off}, rows=tuple(rows)))
     one_by_one = ours("ppo", label="alignkit, one model at a time", patches=["benchmarks.levers:one_model_at_a_time"])
     each_time = ours("ppo", label="alignkit, layers each time", top_layers=10, patches=["benchmarks.levers:layers_computed_each_time"])
-    ppo = Work(model=model, **REAL_PPO)
+    read_anew = ours("reward", label="alignkit, nothing kept", top_layers=10, patches=["benchmarks.levers:nothing_kept"])
+    ppo, adapted = Work(model=model, **REAL_PPO), "adapters in the uppermost 10 of 30 layers"
     groups += [
         Group(
             work=ppo, sides={"alignkit": ours("ppo"), "peer": one_by_one},
@@ -299,7 +300,11 @@ def lever_groups(model: str) -> list[Group]:
         ),
         Group(
             work=ppo, sides={"alignkit": ours("ppo", top_layers=10), "peer": each_time},
-            rows=(Row(name="lever_frozen_layers_once", precision="fp32", note="adapters in the uppermost 10 of 30 layers"),),
+            rows=(Row(name="lever_frozen_layers_once", precision="fp32", note=adapted),),
+        ),
+        Group(
+            work=replace(ranked, batch=4), sides={"alignkit": ours("reward", top_layers=10), "peer": read_anew},
+            rows=(Row(name="lever_frozen_layers_kept", precision="fp32", note=f"{adapted}; of a step of the second epoch and later"),),
         ),
     ]  # fmt: skip
     return groups

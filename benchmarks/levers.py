@@ -17,8 +17,10 @@ import alignkit.ops.logprobs as logprobs
 from alignkit.beside import one_after_another
 from alignkit.interfaces import TokenBatch, TokenScores
 from alignkit.models import causal_lm, kernels
+from alignkit.models.trunk import Kept
 from alignkit.rollout.decoder import Decoder
 from alignkit_ppo import update
+from alignkit_reward_model import update as reward_model
 
 
 def computed_padding() -> None:
@@ -73,6 +75,11 @@ def loop_adamw() -> None:
 def layers_computed_each_time() -> None:
     """Frozen layers are computed by every forward through them."""
     _put(update, shared_trunk=lambda *models, exact: None)
+
+
+def nothing_kept() -> None:
+    """What frozen layers make of a response is computed at each of its readings."""
+    _put(reward_model, keep_states=lambda *_, **__: Kept(None, ()))
 
 
 def one_model_at_a_time() -> None:
