@@ -23,14 +23,21 @@ BATCH = TokenBatch(torch.arange(6).reshape(2, 3), ROWS, ROWS)
 
 def test_a_ratio_of_one_within_rounding_passes_and_anything_else_stops() -> None:
     checks.ratio_is_one(torch.tensor([0.0, 9e-5, -9e-5]), exact=True)
-    checks.ratio_is_one(torch.tensor([0.05, 0.0, 0.0, 0.0]), exact=False)  # 0.0125 on average, of 0.02
+    checks.ratio_is_one(torch.tensor([0.3, 0.0, 0.0, 0.0]), exact=False)  # 0.075 on average, of 0.1
     checks.ratio_is_one(torch.zeros(0), exact=True)
-    with pytest.raises(RunError, match=r"differ by 0\.0002 nats .* likely causes: dropout .* set checks: off"):
-        checks.ratio_is_one(torch.tensor([0.0, 2e-4]), exact=True)
-    with pytest.raises(RunError, match=r"differ by 0\.03 nats"):
-        checks.ratio_is_one(torch.tensor([0.03, -0.03]), exact=False)
+    with pytest.raises(RunError, match=r"differ by 0\.0002 nats a token .* likely causes: dropout .* set checks: off"):
+        checks.ratio_is_one(torch.tensor([0.0, 4e-4]), exact=True)
+    with pytest.raises(RunError, match=r"differ by 0\.2 nats"):
+        checks.ratio_is_one(torch.tensor([0.2, -0.2]), exact=False)
     with pytest.raises(RunError, match="differ by nan nats"):
         checks.ratio_is_one(torch.tensor([float("nan")]), exact=True)
+
+
+def test_one_token_at_which_the_model_amplifies_rounding_does_not_stop_a_run() -> None:
+    """As seen of SmolLM2-135M in float32: 2.6e-4 and 1.3e-3 nats at one place each, and 4e-6 everywhere else."""
+    change = torch.full((500,), 4e-6)
+    change[123] = 1.3e-3
+    checks.ratio_is_one(change, exact=True)
 
 
 def test_a_negative_divergence_stops() -> None:
@@ -67,7 +74,7 @@ def test_another_template_stops_and_names_the_stage() -> None:
 
 def test_packed_documents_that_see_each_other_stop() -> None:
     checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.00005, -2.0]), exact=True)
-    with pytest.raises(RunError, match=r"packing changes log-probabilities by 0\.5 nats"):
+    with pytest.raises(RunError, match=r"packing changes log-probabilities by 0\.25 nats a token"):
         checks.documents_are_apart(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), exact=True)
 
 

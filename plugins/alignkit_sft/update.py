@@ -91,9 +91,11 @@ class SFT:
     def _check_isolation(self, rows: Sequence[TokenRow]) -> None:
         """Score two documents in one row and by themselves, once."""
         first, second = min(rows, key=len), max(rows, key=len)
-        together = self._policy.score_tokens(pack([[first, second]])).logprobs[0]
+        both = pack([[first, second]])
+        together = self._policy.score_tokens(both).logprobs[0]
         alone = [self._policy.score_tokens(pack([[row]])).logprobs[0] for row in (first, second)]
-        documents_are_apart(together, torch.cat(alone), exact=self._policy.exact)
+        scored = both.loss_mask[0].to(together.device)
+        documents_are_apart(together[scored], torch.cat(alone)[scored], exact=self._policy.exact)
         self._isolation_to_check = False
 
     def state(self) -> State:
