@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -26,6 +27,7 @@ Product = Callable[[Tensor], Tensor]
 """From x [... d] to x @ weight.T + bias [... v], for the weight and bias that it was made for."""
 
 Decode = Literal["torch", "transposed", "packed"]
+DecodeHalf = Literal["torch", "packed"]
 
 _CLEARLY = 1.5
 """What is chosen must not hang on a measurement's noise, since the same run would round differently the next day, and must be worth it:
@@ -41,12 +43,13 @@ _FEW = 64
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """``linear``: float32 products of many rows, with gradients. ``decode``: of few rows, as they are, as weight @ x.T, or with a weight
-    that is repacked once and used many times. ``bfloat16``: whether products in bfloat16 are faster than in float32. ``fused``: whether
-    what decoding does between its products is compiled.
+    that is repacked once and used many times; ``decode_bfloat16``: the same in bfloat16. ``bfloat16``: whether products in bfloat16 are
+    faster than in float32. ``fused``: whether what decoding does between its products is compiled.
     """
 
     linear: Literal["torch", "onednn"] = "torch"
     decode: Decode = "torch"
+    decode_bfloat16: DecodeHalf = "torch"
     bfloat16: bool = False
     fused: bool = False
 
@@ -109,8 +112,17 @@ def probe() -> Kernels:
         )
         linear = "onednn" if plain > _CLEARLY * onednn else "torch"
         ways["packed"] = [partial(_onednn, weight=_packed(each)) for each in weights]
+    decode_bfloat16: DecodeHalf = "torch"
+    if _has_bfloat16() and _has_onednn(many, weight):
+        few_halves, half_weights = [each.bfloat16() for each in few], [each.bfloat16() for each in weights]
+        plain, packed = _seconds(
+            partial(_each, [partial(nn.functional.linear, weight=each) for each in half_weights], few_halves),
+            partial(_each, [partial(_onednn, weight=_packed(each)) for each in half_weights], few_halves),
+        )
+        # No trust is lost: what was sampled in bfloat16 is computed anew in any case.
+        decode_bfloat16 = "packed" if plain > _NOTICEABLY * packed else "torch"
     seconds = dict(zip(ways, _seconds(*(partial(_each, way, few) for way in ways.values())), strict=True))
-    return Kernels(linear=linear, decode=_fastest(seconds), bfloat16=bfloat16)
+    return Kernels(linear=linear, decode=_fastest(seconds), decode_bfloat16=decode_bfloat16, bfloat16=bfloat16)
 
 
 def _each(products: Sequence[Product], inputs: Sequence[Tensor]) -> None:
@@ -142,7 +154,7 @@ def for_serving() -> Kernels:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         there = _has_onednn(torch.randn(16, 576, generator=generator), torch.randn(1536, 576, generator=generator))
-    return Kernels(decode="packed" if there else "torch")
+    return Kernels(decode="packed" if there else "torch", decode_bfloat16="packed" if there and _has_bfloat16() else "torch")
 
 
 def again(before: Mapping[str, Any]) -> Kernels:
@@ -152,7 +164,8 @@ def again(before: Mapping[str, Any]) -> Kernels:
     except TypeError:  # of another version
         return probe()
     sample = torch.ones(2, 16)
-    lacks_onednn = (kernels.linear == "onednn" or kernels.decode == "packed") and not _has_onednn(sample, sample)
+    wants_onednn = kernels.linear == "onednn" or "packed" in (kernels.decode, kernels.decode_bfloat16)
+    lacks_onednn = wants_onednn and not _has_onednn(sample, sample)
     lacks_compiler = kernels.fused and not compiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return probe() if lacks_onednn or lacks_compiler else kernels
 
@@ -241,7 +254,33 @@ class _OneDNNProduct(torch.autograd.Function):
         )
 
 
-class OneDNNLinear(nn.Linear):
+_casts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def cast_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight``, which nobody trains, in ``dtype``: the same tensor each time, until it is changed or put elsewhere."""
+    mark = weight.data_ptr(), weight._version, dtype
+    known = _casts.get(weight)
+    if known is None or known[0] != mark:
+        with torch.inference_mode(False), torch.no_grad():  # a later forward may want a gradient through it
+            known = mark, weight.detach().to(dtype)
+        _casts[weight] = known
+    cast: Tensor = known[1]
+    return cast
+
+
+class CastOnceLinear(nn.Linear):
+    """A linear layer whose frozen weight is cast for bfloat16 once, and not in each forward, where torch's autocast would."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x @ weight.T + bias."""
+        device = input.device.type
+        if not torch.is_autocast_enabled(device) or self.weight.requires_grad:
+            return super().forward(input)
+        return nn.functional.linear(input, cast_once(self.weight, torch.get_autocast_dtype(device)), self.bias)
+
+
+class OneDNNLinear(CastOnceLinear):
     """A linear layer that multiplies with oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -276,8 +315,8 @@ def install(model: nn.Module) -> None:
     """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
     on_gpu = next(model.parameters()).is_cuda
     for name, part in model.named_modules():
-        if type(part) is nn.Linear and chosen().linear == "onednn":
-            part.__class__ = OneDNNLinear
+        if type(part) is nn.Linear and not on_gpu:
+            part.__class__ = OneDNNLinear if chosen().linear == "onednn" else CastOnceLinear
         if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
             part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm
@@ -287,7 +326,8 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    if weight.device.type == "cpu" and chosen().decode == "packed" and (dtype == torch.float32 or _has_bfloat16()):
+    packs = {torch.float32: chosen().decode == "packed", torch.bfloat16: chosen().decode_bfloat16 == "packed"}
+    if weight.device.type == "cpu" and packs.get(dtype):
         packed = _packed(weight)
         return _of_rows(lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias))
     if weight.device.type == "cpu" and chosen().decode == "transposed" and dtype == torch.float32:

@@ -62,8 +62,14 @@ class _Selective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
         at_once = wants_hidden and not any(wants_head)
-        slopes = torch.empty_like(hidden) if at_once else None
-        entropy_slopes = torch.empty_like(hidden) if at_once and entropy_gradient else None
+        ctx.types = hidden.dtype, weight.dtype
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            # Once for all chunks and for the backward pass: for a head, a cast is a pass over a large matrix.
+            hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+            bias = None if bias is None else bias.to(weight.dtype)
+        slopes = torch.empty_like(hidden, dtype=ctx.types[0]) if at_once else None
+        entropy_slopes = torch.empty_like(slopes) if slopes is not None and entropy_gradient else None
         logprobs = torch.empty(tokens.shape, dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         entropies = torch.empty_like(logprobs)
         chunks = list(_chunks(len(tokens), weight))
@@ -77,16 +83,15 @@ class _Selective(torch.autograd.Function):
             entropies[rows] = total.log() - torch.linalg.vecdot(scaled, mass) / total
             softmax = mass.div_(total[:, None]) if any(ctx.needs_input_grad[:3]) else mass
             if entropy_slopes is not None:
-                entropy_slopes[rows] = _project(_entropy_slope(scaled, softmax), weight, hidden.dtype) / temperature
+                entropy_slopes[rows] = _project(_entropy_slope(scaled, softmax), weight, ctx.types[0]) / temperature
             if slopes is not None:
-                slopes[rows] = _project(_slope(softmax, tokens[rows]), weight, hidden.dtype) / temperature
+                slopes[rows] = _project(_slope(softmax, tokens[rows]), weight, ctx.types[0]) / temperature
             elif any(wants_head) and len(chunks) == 1:
                 kept = softmax, scaled if entropy_gradient else None
         ctx.save_for_backward(hidden, weight, bias, tokens, slopes, entropy_slopes, *kept)
         ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
-        ctx.autocast = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         return logprobs, entropies
 
     @staticmethod
@@ -96,32 +101,32 @@ class _Selective(torch.autograd.Function):
             grad = slopes * grads[0][:, None]
             if entropy_slopes is not None:
                 grad += entropy_slopes * grads[1][:, None]
-            return grad.to(hidden.dtype), None, None, None, None, None
+            return grad.to(ctx.types[0]), None, None, None, None, None
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_hidden, of_weight = ctx.types
+        grad_hidden = torch.empty_like(hidden, dtype=of_hidden) if wants_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        with torch.autocast(hidden.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            for rows in _chunks(len(tokens), weight):
-                if softmax is None:
-                    part = _logits(hidden[rows], weight, bias, ctx.temperature)
-                    chances = torch.softmax(part, dim=-1)
-                else:
-                    part, chances = scaled, softmax
-                factor = grads[0][rows, None] / ctx.temperature
-                grad = (chances * -factor).scatter_add_(1, tokens[rows, None], factor)
-                if ctx.entropy_gradient:
-                    grad += _entropy_slope(part, chances).mul_(grads[1][rows, None] / ctx.temperature)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = _project(grad, weight, hidden.dtype)
-                if wants_weight:
-                    grad_weight = _added(grad_weight, grad.to(hidden.dtype).T, hidden[rows], weight.dtype)
-                if wants_bias:
-                    grad_bias = grad.sum(dim=0) if grad_bias is None else grad_bias + grad.sum(dim=0)
+        for rows in _chunks(len(tokens), weight):
+            if softmax is None:
+                part = _logits(hidden[rows], weight, bias, ctx.temperature)
+                chances = torch.softmax(part, dim=-1)
+            else:
+                part, chances = scaled, softmax
+            factor = grads[0][rows, None] / ctx.temperature
+            grad = (chances * -factor).scatter_add_(1, tokens[rows, None], factor)
+            if ctx.entropy_gradient:
+                grad += _entropy_slope(part, chances).mul_(grads[1][rows, None] / ctx.temperature)
+            if grad_hidden is not None:
+                grad_hidden[rows] = _project(grad, weight, of_hidden)
+            if wants_weight:
+                grad_weight = _added(grad_weight, grad.to(hidden.dtype).T, hidden[rows], of_weight)
+            if wants_bias:
+                grad_bias = grad.sum(dim=0) if grad_bias is None else grad_bias + grad.sum(dim=0)
         if not len(tokens):
-            grad_weight = torch.zeros_like(weight) if wants_weight else None
-            grad_bias = torch.zeros_like(bias) if wants_bias else None
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None, None
+            grad_weight = torch.zeros_like(weight, dtype=of_weight) if wants_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=of_weight) if wants_bias else None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(of_weight), None, None, None
 
 
 def _chunks(rows: int, weight: Tensor) -> Iterator[slice]:
@@ -142,9 +147,7 @@ def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
     """total + left @ right, in place where it can be: for a head this is a large matrix, and each pass over it is felt."""
     if total is None:
         return (left @ right).to(dtype)
-    # Autocast does not reach what is done in place.
-    exact = left.dtype == dtype and not torch.is_autocast_enabled(left.device.type)
-    return total.addmm_(left, right) if exact else total.add_(left @ right)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
 
 
 def _slope(softmax: Tensor, tokens: Tensor) -> Tensor:
@@ -158,5 +161,5 @@ def _entropy_slope(scaled: Tensor, softmax: Tensor) -> Tensor:
 
 
 def _project(slope: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """From logits [n v] back to hidden states [n d]."""
-    return (slope.to(dtype) @ weight.to(dtype)).to(dtype)
+    """From logits [n v] back to hidden states [n d], in ``dtype``."""
+    return (slope.to(weight.dtype) @ weight).to(dtype)
