@@ -108,8 +108,10 @@ class Cache:
     def _allocate(self, like: Tensor) -> None:
         _, heads, _, d = like.shape
         shape = self._layers, self._keys.shape[1], heads, self._keys.shape[3], d
+        # The CPU's products of many small matrices are those of float32: in bfloat16 it would copy all of the past first, in each step.
+        dtype = like.dtype if like.is_cuda else torch.float32
         # Nothing is looked at where nothing was stored, but what is left in memory may be NaN, and with a weight of 0 that is NaN still.
-        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
+        self._keys, self._values = (like.new_zeros(shape, dtype=dtype) for _ in range(2))
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Room for so many rows and columns; what is stored stays."""
