@@ -18,6 +18,7 @@ from alignkit.beside import one_after_another
 from alignkit.interfaces import TokenBatch, TokenScores
 from alignkit.models import causal_lm, kernels
 from alignkit.models.trunk import Kept
+from alignkit.rollout.cache import Cache
 from alignkit.rollout.decoder import Decoder
 from alignkit_ppo import update
 from alignkit_reward_model import update as reward_model
@@ -89,7 +90,23 @@ def one_model_at_a_time() -> None:
 
 def plain_weights() -> None:
     """Decoding multiplies as training does, whatever was found to be faster."""
-    kernels.use(replace(kernels.chosen(), decode="torch"))
+    kernels.use(replace(kernels.chosen(), decode="torch", decode_bfloat16="torch"))
+
+
+def weights_cast_each_time() -> None:
+    """In bfloat16, every forward casts the weights that nobody trains."""
+    _put(kernels, cast_once=lambda weight, dtype: weight.to(dtype))
+
+
+def keys_in_bfloat16() -> None:
+    """Keys and values are kept in the type of the products."""
+
+    def allocate(self: Cache, like: Any) -> None:
+        _, heads, _, d = like.shape
+        shape = self._layers, self._keys.shape[1], heads, self._keys.shape[3], d
+        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
+
+    _put(Cache, _allocate=allocate)
 
 
 def products_of_a_server() -> None:
