@@ -270,15 +270,10 @@ def lever_groups(model: str) -> list[Group]:
         )
         for name, work, task, off in levers
     ]
-    halves = [
-        ("decode_products_bf16", drawn, "generate", "plain_weights", {}),
-        ("keys_in_float32", drawn, "generate", "keys_in_bfloat16", {}),
-        ("frozen_weights_cast_once", replace(ranked, batch=4), "reward", "weights_cast_each_time", {"top_layers": 10}),
-    ]
-    for name, work, task, off, told in halves:
-        without = ours(task, "bfloat16", f"alignkit, {off.replace('_', ' ')}", patches=[f"benchmarks.levers:{off}"], **told)
-        sides = {"alignkit": ours(task, "bfloat16", **told), "peer": without}
-        groups.append(Group(work=work, sides=sides, rows=(Row(name=f"lever_{name}", precision="bf16"),)))
+    for name, off in (("decode_products_bf16", "plain_weights"), ("keys_in_float32", "keys_in_bfloat16")):
+        without = ours("generate", "bfloat16", f"alignkit, {off.replace('_', ' ')}", patches=[f"benchmarks.levers:{off}"])
+        sides = {"alignkit": ours("generate", "bfloat16"), "peer": without}
+        groups.append(Group(work=drawn, sides=sides, rows=(Row(name=f"lever_{name}", precision="bf16"),)))
     onednn = ours("sft", label="alignkit, onednn linear", patches=["benchmarks.levers:onednn_linear"])
     others = [
         ("lever_torch_linear_vs_onednn", "sft", text, onednn, "chosen by the probe"),

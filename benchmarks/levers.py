@@ -93,11 +93,6 @@ def plain_weights() -> None:
     kernels.use(replace(kernels.chosen(), decode="torch", decode_bfloat16="torch"))
 
 
-def weights_cast_each_time() -> None:
-    """In bfloat16, every forward casts the weights that nobody trains."""
-    _put(kernels, cast_once=lambda weight, dtype: weight.to(dtype))
-
-
 def keys_in_bfloat16() -> None:
     """Keys and values are kept in the type of the products."""
 

@@ -72,18 +72,13 @@ class CausalPolicy:
             scored = loss_mask[:, 1:]
             logprobs, entropy = selective_logprobs(
                 hidden.index_select(0, line[:, :-1][scored]),
-                self._head(head.weight),
+                head.weight,
                 ids[:, 1:][scored],
                 bias=head.bias,
                 temperature=temperature,
                 entropy_gradient=entropy_gradient,
             )
         return TokenScores(_scatter(logprobs, loss_mask), _scatter(entropy, loss_mask))
-
-    def _head(self, weight: Tensor) -> Tensor:
-        """The head's weight; of a frozen one on the CPU what its products read."""
-        frozen = not weight.requires_grad and self.device.type == "cpu"
-        return kernels.cast_once(weight, torch.bfloat16) if frozen and not self.exact else weight
 
     @property
     def exact(self) -> bool:

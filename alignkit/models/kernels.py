@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -254,33 +253,7 @@ class _OneDNNProduct(torch.autograd.Function):
         )
 
 
-_casts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def cast_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight``, which nobody trains, in ``dtype``: the same tensor each time, until it is changed or put elsewhere."""
-    mark = weight.data_ptr(), weight._version, dtype
-    known = _casts.get(weight)
-    if known is None or known[0] != mark:
-        with torch.inference_mode(False), torch.no_grad():  # a later forward may want a gradient through it
-            known = mark, weight.detach().to(dtype)
-        _casts[weight] = known
-    cast: Tensor = known[1]
-    return cast
-
-
-class CastOnceLinear(nn.Linear):
-    """A linear layer whose frozen weight is cast for bfloat16 once, and not in each forward, where torch's autocast would."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x @ weight.T + bias."""
-        device = input.device.type
-        if not torch.is_autocast_enabled(device) or self.weight.requires_grad:
-            return super().forward(input)
-        return nn.functional.linear(input, cast_once(self.weight, torch.get_autocast_dtype(device)), self.bias)
-
-
-class OneDNNLinear(CastOnceLinear):
+class OneDNNLinear(nn.Linear):
     """A linear layer that multiplies with oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -315,8 +288,8 @@ def install(model: nn.Module) -> None:
     """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
     on_gpu = next(model.parameters()).is_cuda
     for name, part in model.named_modules():
-        if type(part) is nn.Linear and not on_gpu:
-            part.__class__ = OneDNNLinear if chosen().linear == "onednn" else CastOnceLinear
+        if type(part) is nn.Linear and chosen().linear == "onednn":
+            part.__class__ = OneDNNLinear
         if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
             part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm

@@ -12,7 +12,7 @@ from torch import nn
 
 from alignkit.data.collate import collate
 from alignkit.models import kernels
-from alignkit.models.kernels import CastOnceLinear, Decode, Kernels, OneDNNLinear, cast_once, install, probe, product, use
+from alignkit.models.kernels import Decode, Kernels, OneDNNLinear, install, probe, product, use
 from alignkit.rollout import LocalEngine
 from alignkit.types import Message, Prompt, PromptRow, Sampling, TokenRow
 from tests.fakes import ARCHITECTURES, tiny_policy
@@ -86,52 +86,6 @@ def test_a_prepared_product_in_bfloat16_is_the_linear_layers(rows: int, width: i
         found = product(layer.weight, layer.bias, torch.bfloat16)(x)
         assert torch.allclose(found.float(), layer(x), atol=5e-2)
         assert torch.equal(product(layer.weight, layer.bias, torch.float32)(x), layer(x))  # float32 goes its own way
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_weight_is_cast_once_and_changes_no_number(bias: bool) -> None:
-    plain, x = nn.Linear(24, 40, bias=bias).requires_grad_(False), torch.randn(2, 7, 24)
-    once = copy.deepcopy(plain)
-    once.__class__ = CastOnceLinear
-    found = []
-    for layer in (plain, once):
-        given_in = x.clone().requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.inference_mode():
-                layer(x)  # what is kept of this can be differentiated through all the same
-            out = layer(given_in)
-        out.float().square().sum().backward()
-        found.append([out, given_in.grad])
-    for wanted, got in zip(*found, strict=True):
-        assert torch.equal(got, wanted)
-    assert torch.equal(once(x), plain(x))  # in float32 nothing is cast
-    known = cast_once(once.weight, torch.bfloat16)
-    assert cast_once(once.weight, torch.bfloat16) is known
-
-
-def test_a_weight_that_changed_or_was_put_elsewhere_is_cast_anew() -> None:
-    weight = nn.Parameter(torch.ones(2, 3), requires_grad=False)
-    assert cast_once(weight, torch.bfloat16).unique().tolist() == [1.0]
-    with torch.no_grad():
-        weight.mul_(2.0)
-    assert cast_once(weight, torch.bfloat16).unique().tolist() == [2.0]
-    weight.data = torch.full((2, 3), 3.0)
-    assert cast_once(weight, torch.bfloat16).unique().tolist() == [3.0]
-
-
-def test_a_weight_that_is_trained_is_cast_in_each_forward() -> None:
-    layer = nn.Linear(3, 2, bias=False)
-    layer.__class__ = CastOnceLinear
-    found = []
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(layer(torch.ones(1, 3)).mean())
-        layer.weight.data.add_(1.0)  # as the learner puts back a state, which torch does not count as a change
-    before, after = found
-    after.backward()
-    assert layer.weight.grad is not None
-    assert layer.weight not in kernels._casts
-    assert float((after - before).detach()) == pytest.approx(3.0, abs=0.05)
 
 
 @pytest.mark.parametrize("bias", [True, False])
