@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from alignkit.api import AlignkitError
 from alignkit.files import FileHash, difference, hash_folder, read_json
+from alignkit.folder import choices_of
 from alignkit.models.config import Precision
 
 _BOUND_NATS = {"float32": 1e-3, "bfloat16": 0.25}
-"""How far log-probabilities of the probes may be from the trainer's: what other products in the same precision amount to."""
+"""How far log-probabilities of the probes may be from the trainer's: what other products in the same precision amount to, or in the
+coarser one of two."""
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -29,12 +31,16 @@ class GateError(AlignkitError):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A policy on disk. ``name`` says where it comes from, ``manifest`` is its stage's, None for a folder of another's making."""
+    """A policy on disk. ``name`` says where it comes from, ``manifest`` is its stage's, None for a folder of another's making.
+
+    ``precision`` is what its run asked for; ``trained_in`` what that was on the trainer's machine.
+    """
 
     folder: Path
     name: str
     manifest: Mapping[str, Any] | None
-    precision: Precision
+    precision: Precision = "auto"
+    trained_in: Precision = "float32"
 
     @property
     def manifest_sha256(self) -> str | None:
@@ -61,7 +67,7 @@ def _located(path: Path) -> Artifact:
     if (path / "config.json").is_file():
         if (path.parent / "manifest.json").is_file() and read_json(path.parent / "manifest.json").get("makes") == path.name:
             return _of_stage(path.parent)
-        return Artifact(path, path.name, None, "auto")
+        return Artifact(path, path.name, None)
     what = (
         "an empty folder" if path.is_dir() and not any(path.iterdir()) else "a folder of something else" if path.is_dir() else "not there"
     )
@@ -84,9 +90,11 @@ def _of_stage(stage: Path) -> Artifact:
     manifest = read_json(stage / "manifest.json")
     if manifest["makes"] != "policy":
         raise ArtifactError(f"{stage} made a {manifest['makes'].replace('_', ' ')}, which cannot answer; name a stage that made a policy")
-    run = stage.parent / "run.json"
-    precision = read_json(run)["config"]["policy"].get("precision", "auto") if run.is_file() else "auto"
-    return Artifact(stage / "policy", f"{stage.parent.name}-{stage.name}", manifest, cast(Precision, precision))
+    run = stage.parent
+    precision = read_json(run / "run.json")["config"]["policy"].get("precision", "auto") if (run / "run.json").is_file() else "auto"
+    found_faster = choices_of(run).get("kernels", {}).get("bfloat16", False)
+    trained_in = precision if precision != "auto" else "bfloat16" if found_faster else "float32"
+    return Artifact(stage / "policy", f"{run.name}-{stage.name}", manifest, cast(Precision, precision), cast(Precision, trained_in))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ def check_template(artifact: Artifact, template_hash: str) -> None:
 async def probe(artifact: Artifact, precision: str, score: Callable[[Sequence[int]], Awaitable[Sequence[float]]]) -> float | None:
     """The largest gap between the trainer's log-probabilities of the manifest's probes and those of ``score``; None without probes.
 
-    Raises ``GateError`` when it is beyond what other products in the same precision amount to.
+    Raises ``GateError`` when it is beyond what other products in this precision, or in the trainer's, amount to.
     """
     if artifact.manifest is None or not artifact.manifest["probes"]:
         return None
@@ -138,7 +146,7 @@ async def probe(artifact: Artifact, precision: str, score: Callable[[Sequence[in
         for one in artifact.manifest["probes"]
         for ours, theirs in zip(await score(one["ids"]), one["logprobs"], strict=True)
     ]
-    bound = _BOUND_NATS[precision]
+    bound = max(_BOUND_NATS[precision], _BOUND_NATS[artifact.trained_in])
     # Not `largest > bound`: a NaN is as far off as anything.
     if not (largest := max(gaps, default=0.0)) <= bound:
         raise GateError(

@@ -67,7 +67,7 @@ async def load_upstream(path: Path, *, url: str, key: str | None) -> Warm:
 def _load(artifact: Artifact) -> tuple[CausalPolicy, Precision]:
     # An answer must not depend on who else asks, where the library has products for that.
     kernels.use(kernels.for_serving())
-    # As it was trained.
+    # As its run asked for; `auto` is float32 on a CPU, since in bfloat16 the products of many rows are not those of a few.
     precision = resolve_precision(artifact.precision)
     # Code that comes with a model is not run: whoever can name a folder here must not be able to run anything.
     return load(artifact.folder, tuning=TuningConfig(), precision=precision, trainable=False, seed=0), precision

@@ -153,6 +153,27 @@ def test_numbers_that_are_not_the_trainers_do_not_pass(server: Running, runs: Pa
     assert "0.01 nats from the trainer's; allowed: 0.001" in refused
 
 
+@pytest.mark.parametrize(("precision", "faster", "bound"), [("auto", True, "0.25"), ("auto", False, "0.001"), ("bfloat16", False, "0.25")])
+def test_numbers_of_a_run_in_bfloat16_are_nearer_than_its_rounding(
+    precision: str, faster: bool, bound: str, runs: Path, tmp_path: Path
+) -> None:
+    """``auto`` is what the trainer's machine was faster in, and float32 where a CPU serves."""
+    run = runs / "demo" / "run.json"
+    facts = json.loads(run.read_text())
+    facts["config"]["policy"]["precision"] = precision
+    run.write_text(json.dumps({**facts, "choices": {"kernels": {"bfloat16": faster}}}))
+    path = runs / "demo" / "second" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["probes"][0]["logprobs"][7] += 0.5
+    path.write_text(json.dumps(manifest))
+    with running(runs / "demo" / "first", f"sqlite:///{tmp_path / 'store.db'}", models=runs) as server:
+        refused = admin(server, "POST", "policies", path="demo/second").json()["error"]["message"]
+        assert f"nats from the trainer's; allowed: {bound}." in refused
+        manifest["probes"][0]["logprobs"][7] -= 0.45
+        path.write_text(json.dumps(manifest))
+        assert admin(server, "POST", "policies", path="demo/second").is_success == (bound == "0.25")
+
+
 def test_another_template_does_not_pass(server: Running, runs: Path) -> None:
     path = runs / "demo" / "second" / "manifest.json"
     manifest = json.loads(path.read_text())
