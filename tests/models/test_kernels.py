@@ -48,12 +48,17 @@ def test_a_run_that_goes_on_multiplies_as_it_began_where_that_is_there(monkeypat
     plain, packed, compiled, half = Kernels(), Kernels(decode="packed"), Kernels(fused=True), Kernels(decode_bfloat16="packed")
     monkeypatch.setattr(kernels, "probe", lambda: plain)
     assert kernels.again(dataclasses.asdict(packed)) == packed
-    assert kernels.again(dataclasses.asdict(half)) == half
+    with monkeypatch.context() as other:
+        other.setattr(kernels, "_has_bfloat16", lambda: True)
+        assert kernels.again(dataclasses.asdict(half)) == half
+        other.setattr(kernels, "_has_bfloat16", lambda: False)
+        assert kernels.again(dataclasses.asdict(dataclasses.replace(half, bfloat16=True))) == Kernels(bfloat16=True)
     assert kernels.again({"way_of_a_later_version": True}) == plain
     monkeypatch.setattr(kernels, "compiles", lambda device: False)
     assert kernels.again(dataclasses.asdict(compiled)) == plain
     monkeypatch.setattr(kernels, "_has_onednn", lambda x, weight: False)
     assert kernels.again(dataclasses.asdict(packed)) == plain
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: True)
     assert kernels.again(dataclasses.asdict(half)) == plain
     assert kernels.again(dataclasses.asdict(Kernels(decode="transposed"))) == Kernels(decode="transposed")
 
