@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from alignkit.api import AlignkitError
 from alignkit.files import FileHash, difference, hash_folder, read_json
-from alignkit.folder import choices_of
 from alignkit.models.config import Precision
 
 _BOUND_NATS = {"float32": 1e-3, "bfloat16": 0.25}
@@ -90,11 +89,14 @@ def _of_stage(stage: Path) -> Artifact:
     manifest = read_json(stage / "manifest.json")
     if manifest["makes"] != "policy":
         raise ArtifactError(f"{stage} made a {manifest['makes'].replace('_', ' ')}, which cannot answer; name a stage that made a policy")
-    run = stage.parent
-    precision = read_json(run / "run.json")["config"]["policy"].get("precision", "auto") if (run / "run.json").is_file() else "auto"
-    found_faster = choices_of(run).get("kernels", {}).get("bfloat16", False)
+    name = f"{stage.parent.name}-{stage.name}"
+    if not (stage.parent / "run.json").is_file():
+        return Artifact(stage / "policy", name, manifest)
+    run = read_json(stage.parent / "run.json")
+    precision = run["config"]["policy"].get("precision", "auto")
+    found_faster = run["choices"].get("kernels", {}).get("bfloat16", False)
     trained_in = precision if precision != "auto" else "bfloat16" if found_faster else "float32"
-    return Artifact(stage / "policy", f"{run.name}-{stage.name}", manifest, cast(Precision, precision), cast(Precision, trained_in))
+    return Artifact(stage / "policy", name, manifest, cast(Precision, precision), cast(Precision, trained_in))
 
 
 @dataclass(frozen=True, slots=True)

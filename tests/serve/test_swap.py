@@ -52,7 +52,8 @@ def runs(tmp_path: Path) -> Path:
     for seed, name in enumerate(("first", "second")):
         make_stage(tmp_path / "runs" / "demo", name, seed)
     stages = [{"name": "first"}, {"name": "second"}]
-    (tmp_path / "runs" / "demo" / "run.json").write_text(json.dumps({"config": {"stages": stages, "policy": {"precision": "float32"}}}))
+    config = {"stages": stages, "policy": {"precision": "float32"}}
+    (tmp_path / "runs" / "demo" / "run.json").write_text(json.dumps({"config": config, "choices": {}}))
     return tmp_path / "runs"
 
 
