@@ -53,7 +53,7 @@ faults-serve: .venv/installed
 rounds: .venv/installed
 	$(BIN)/python examples/rounds/run.py runs/rounds --results examples/rounds/results.json
 
-# About 40 minutes on two cores, without the peers' environments, which the first call makes.
+# About 35 minutes on two cores, without the peers' environments, which the first call makes.
 bench: .venv/installed
 	TORCH='$(TORCH)' $(BIN)/python -m benchmarks.bench
 
