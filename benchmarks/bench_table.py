@@ -150,12 +150,12 @@ def seconds(rows: Sequence[Result]) -> str:
 def phases(rows: Sequence[Result]) -> str:
     """The table of PPO's phases: seconds of ours and of the peer, and their ratio."""
     names = ("rollout", "scoring", "forward", "update")
+    compared = [row for row in rows if "time" in row["metric"] and row["theirs"]]
     lines = []
-    for row in rows:
-        mine, theirs = row["ours"]["parts"], (row["theirs"] or {"parts": {}})["parts"]
-        if "time" in row["metric"] and all(mine.get(p) and theirs.get(p) for p in names):
-            cells = [f"{number(mine[p])} / {number(theirs[p])} = {number(theirs[p] / mine[p])}" for p in names]
-            lines.append([f"`{row['name']}`", *cells])
+    for row in compared:
+        mine, theirs = row["ours"]["parts"], row["theirs"]["parts"]
+        if mine.keys() & theirs.keys() >= set(names):  # else a step that is no iteration, such as a rollout alone
+            lines.append([f"`{row['name']}`", *(f"{number(mine[p])} / {number(theirs[p])} = {number(theirs[p] / mine[p])}" for p in names)])
     return markdown(["row", *(f"{name}: s, ours / peer = ratio" for name in names)], lines)
 
 

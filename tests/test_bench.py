@@ -17,7 +17,7 @@ from benchmarks.bench_limits import HEAD, TRUNK, phases_of
 from benchmarks.bench_page import page
 from benchmarks.bench_pipe import Worker, WorkerError
 from benchmarks.bench_rows import Group, Row, ours, quick_groups, real_groups, tiny_groups
-from benchmarks.bench_table import between_markers, inexact, merged, ratios, reached, result, spread, unequal
+from benchmarks.bench_table import between_markers, inexact, merged, phases, ratios, reached, result, spread, unequal
 from benchmarks.bench_work import Work
 from tests.fakes import tiny_folder
 
@@ -92,6 +92,17 @@ def test_which_bar_a_row_reaches(ratio: float, better: str, bars: tuple[float | 
 def test_the_table_has_a_line_a_row() -> None:
     table = ratios([result(GROUP.rows[0], GROUP, turns((1.0, 3.0)), {})])
     assert table.splitlines()[2] == "| `some_row` | 3 | 3 to 3 | 1 | 2 | 4 | must | somebody | fp32 |"
+
+
+def test_phases_are_those_of_iterations_alone() -> None:
+    def row(name: str, ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:
+        return {"name": name, "metric": "peer's time / ours", "ours": {"parts": ours}, "theirs": {"parts": theirs}}
+
+    ours = {"rollout": 1.0, "scoring": 2.0, "forward": 1.0, "update": 4.0}
+    iteration, rollout = row("iteration", ours, {**ours, "rollout": 3.0, "update": 2.0}), row("rollout", {"decode": 1.0}, {"decode": 2.0})
+    assert phases([iteration, rollout, {**iteration, "metric": "memory"}, {**iteration, "theirs": None}]).splitlines()[2:] == [
+        "| `iteration` | 1 / 3 = 3 | 2 / 2 = 1 | 1 / 1 = 1 | 4 / 2 = 0.5 |"
+    ]
 
 
 def test_only_what_is_between_the_markers_is_replaced() -> None:
