@@ -17,7 +17,7 @@ from alignkit.models import kernels
 class Between(NamedTuple):
     """The operations, as they are or compiled."""
 
-    rotated: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
+    rotated: Callable[[Tensor, Tensor, Tensor, int, int, torch.dtype], tuple[Tensor, Tensor, Tensor]]
     added_normed: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
     gated: Callable[[Tensor], Tensor]
 
@@ -38,15 +38,16 @@ def added_normed(x: Tensor, more: Tensor, weight: Tensor, epsilon: float, dtype:
     return x, normed(x, weight, epsilon, dtype)
 
 
-def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [n heads d]; the first two are turned by their position. ``sin``'s first half has the other sign.
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [n heads d] in ``dtype``; the first two are turned by their position. ``sin``'s first half has the other
+    sign.
 
     Keys and values are ready to be stored row by row.
     """
-    qkv = qkv.unflatten(1, (heads + 2 * key_heads, -1))
+    qkv = qkv.to(dtype).unflatten(1, (heads + 2 * key_heads, -1))
     half = cos.shape[-1] // 2
     qk = qkv[:, : heads + key_heads]
-    qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin).to(qkv.dtype)
+    qk = (qk * cos).addcmul_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1), sin).to(dtype)
     return qk[:, :heads], qk[:, heads:].contiguous(), qkv[:, heads + key_heads :].contiguous()
 
 

@@ -108,6 +108,8 @@ class LlamaDecoding:
         self._scale: float = base.layers[0].self_attn.scaling
         self._rotary, self._epsilon = base.rotary_emb, config.rms_norm_eps
         self._embedding, self._dtype = base.embed_tokens.weight.detach(), dtype
+        # The CPU attends in float32, in which these are cast once and not each by itself.
+        self._attended = torch.float32 if self.device.type == "cpu" else dtype
         self._norms = [norm.weight.detach() for norm in (*(layer.input_layernorm for layer in base.layers), base.norm)]
 
         def joined(*names: str) -> Product:
@@ -139,7 +141,7 @@ class LlamaDecoding:
         ops = between_products()
         seen = normed(x, self._norms[0], self._epsilon, self._dtype)
         for number, layer in enumerate(self._layers):
-            query, key, value = ops.rotated(layer.qkv(seen), cos, sin, self._heads, self._key_heads)
+            query, key, value = ops.rotated(layer.qkv(seen), cos, sin, self._heads, self._key_heads, self._attended)
             gathered = attention.attend(number, query, key, value, self._scale, layer.window)
             x, seen = ops.added_normed(x, layer.out(gathered.flatten(1)), layer.before_mlp, self._epsilon, self._dtype)
             x, seen = ops.added_normed(x, layer.down(ops.gated(layer.gate_up(seen))), self._norms[number + 1], self._epsilon, self._dtype)

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.pytorch_utils import Conv1D
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +30,13 @@ Decode = Literal["torch", "transposed", "packed"]
 DecodeHalf = Literal["torch", "packed"]
 
 _CLEARLY = 1.5
-"""What is chosen must not hang on a measurement's noise, since the same run would round differently the next day, and must be worth it:
-log-probabilities recorded with repacked weights are computed anew before they are trained on."""
+"""Another precision must be worth it: log-probabilities recorded in it are computed anew before they are trained on."""
 
 _NOTICEABLY = 1.2
-"""What costs neither memory nor trust need not be worth so much."""
+"""What is chosen must not hang on a measurement's noise, since the same run would round differently the next day."""
+
+_NO_SLOWER = 0.95
+"""What a measurement cannot tell from equally fast."""
 
 _FEW = 64
 """Up to so many rows ``transposed`` is the faster way round."""
@@ -54,10 +57,10 @@ class Kernels:
 
     @property
     def exact(self) -> bool:
-        """Whether log-probabilities recorded while sampling may be trusted: repacked weights round differently from the trainer's
-        products, and a sequence may amplify that.
+        """Whether log-probabilities recorded while sampling may be trusted: where sampler and trainer multiply through two libraries, a
+        sequence may amplify what they round differently.
         """
-        return self.decode != "packed"
+        return (self.decode == "packed") == (self.linear == "onednn")
 
 
 _chosen: Kernels | None = None
@@ -86,42 +89,29 @@ def probe() -> Kernels:
     weight = torch.randn(1536, 576, generator=generator)
     many, few = torch.randn(512, 576, generator=generator), [torch.randn(rows, 576, generator=generator) for rows in (4, 16)]
     slope = torch.randn(512, 1536, generator=generator)
+    has_onednn, has_bfloat16 = _has_onednn(many, weight), _has_bfloat16()
 
     # x, the gradient to it and that to the weight: what a training step is made of.
     factors = (many, weight), (slope, weight.t()), (slope.t(), many.t())
-    bfloat16 = False
-    if _has_bfloat16():  # without instructions for it, it is slower by a factor, and so would be the trying
+    training: dict[str, Callable[[], object]] = {"torch": lambda: [nn.functional.linear(*pair) for pair in factors]}
+    if has_onednn:
+        training["onednn"] = lambda: [_onednn(*pair) for pair in factors]
+    if has_bfloat16:  # without instructions for it, it is slower by a factor, and so would be the trying
         halves = [(left.bfloat16(), right.bfloat16()) for left, right in factors]
-        plain, half = _seconds(
-            lambda: [nn.functional.linear(*pair) for pair in factors],
-            lambda: [nn.functional.linear(*pair) for pair in halves],
-        )
-        bfloat16 = plain > _CLEARLY * half
+        training["bfloat16"] = lambda: [nn.functional.linear(*pair) for pair in halves]
     # As in decoding, where rows leave, and every weight comes from memory: more of them than a cache holds.
     weights = [weight + i for i in range(24)]
-    ways: dict[Decode, list[Product]] = {
-        "torch": [partial(nn.functional.linear, weight=each) for each in weights],
-        "transposed": [partial(_transposed, weight=each) for each in weights],
+    decoding: dict[str, Callable[[], object]] = {
+        "torch": partial(_each, [partial(nn.functional.linear, weight=each) for each in weights], few),
+        "transposed": partial(_each, [partial(_transposed, weight=each) for each in weights], few),
     }
-    linear: Literal["torch", "onednn"] = "torch"
-    if _has_onednn(many, weight):
-        plain, onednn = _seconds(
-            lambda: [nn.functional.linear(*pair) for pair in factors],
-            lambda: [_onednn(*pair) for pair in factors],
-        )
-        linear = "onednn" if plain > _CLEARLY * onednn else "torch"
-        ways["packed"] = [partial(_onednn, weight=_packed(each)) for each in weights]
-    decode_bfloat16: DecodeHalf = "torch"
-    if _has_bfloat16() and _has_onednn(many, weight):
+    if has_onednn:
+        decoding["packed"] = partial(_each, [partial(_onednn, weight=_packed(each)) for each in weights], few)
+    if has_onednn and has_bfloat16:
         few_halves, half_weights = [each.bfloat16() for each in few], [each.bfloat16() for each in weights]
-        plain, packed = _seconds(
-            partial(_each, [partial(nn.functional.linear, weight=each) for each in half_weights], few_halves),
-            partial(_each, [partial(_onednn, weight=_packed(each)) for each in half_weights], few_halves),
-        )
-        # No trust is lost: what was sampled in bfloat16 is computed anew in any case.
-        decode_bfloat16 = "packed" if plain > _NOTICEABLY * packed else "torch"
-    seconds = dict(zip(ways, _seconds(*(partial(_each, way, few) for way in ways.values())), strict=True))
-    return Kernels(linear=linear, decode=_fastest(seconds), decode_bfloat16=decode_bfloat16, bfloat16=bfloat16)
+        decoding["bfloat16"] = partial(_each, [partial(nn.functional.linear, weight=each) for each in half_weights], few_halves)
+        decoding["packed bfloat16"] = partial(_each, [partial(_onednn, weight=_packed(each)) for each in half_weights], few_halves)
+    return _fastest(_seconds(training), _seconds(decoding))
 
 
 def _each(products: Sequence[Product], inputs: Sequence[Tensor]) -> None:
@@ -130,13 +120,22 @@ def _each(products: Sequence[Product], inputs: Sequence[Tensor]) -> None:
             multiply(x)
 
 
-def _fastest(seconds: Mapping[Decode, float]) -> Decode:
-    """The way to decode: each must be clearly better than what is nearer to the trainer's own."""
-    best: Decode = "torch"
-    for way in ("transposed", "packed"):
-        if way in seconds and seconds[best] > (_CLEARLY if way == "packed" else _NOTICEABLY) * seconds[way]:
-            best = way
-    return best
+def _fastest(training: Mapping[str, float], decoding: Mapping[str, float]) -> Kernels:
+    """The choice, from the seconds of each way. oneDNN is taken for both or for neither: a sampler with other products than the trainer's
+    is not trusted, and to compute its log-probabilities anew costs more than it gains.
+    """
+    linear: Literal["torch", "onednn"] = "torch"
+    decode: Decode = "transposed" if decoding["torch"] > _NOTICEABLY * decoding["transposed"] else "torch"
+    if "onednn" in training:
+        gains = training["torch"] / training["onednn"], decoding[decode] / decoding["packed"]
+        if max(gains) > _NOTICEABLY and min(gains) > _NO_SLOWER:
+            linear, decode = "onednn", "packed"
+    half: DecodeHalf = "torch"
+    # What was sampled in bfloat16 is computed anew in any case, whatever its products.
+    if "bfloat16" in decoding and decoding["bfloat16"] > _NOTICEABLY * decoding["packed bfloat16"]:
+        half = "packed"
+    bfloat16 = "bfloat16" in training and training[linear] > _CLEARLY * training["bfloat16"]
+    return Kernels(linear=linear, decode=decode, decode_bfloat16=half, bfloat16=bfloat16)
 
 
 def plain() -> Kernels:
@@ -186,15 +185,15 @@ def compiles(device: torch.device) -> bool:
         return False
 
 
-def _seconds(*works: Callable[[], object]) -> list[float]:
+def _seconds(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """The fastest of several goes of each, turn by turn, so that what else the machine does is felt by all of them."""
-    found: list[list[float]] = [[] for _ in works]
+    found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(6):
-        for work, seconds in zip(works, found, strict=True):
+        for name, work in works.items():
             started = time.perf_counter()
             work()
-            seconds.append(time.perf_counter() - started)
-    return [min(seconds) for seconds in found]
+            found[name].append(time.perf_counter() - started)
+    return {name: min(seconds) for name, seconds in found.items()}
 
 
 def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -260,10 +259,30 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x @ weight.T + bias."""
-        if torch.is_autocast_enabled(input.device.type) or input.dtype != torch.float32:
-            return super().forward(input)
-        apply: Callable[..., Tensor] = _OneDNNProduct.apply  # torch leaves it untyped
-        return apply(input, self.weight, self.bias)
+        return _by_onednn(input, self.weight, self.bias) if _is_plain_float32(input) else super().forward(input)
+
+
+class OneDNNConv1D(Conv1D):  # type: ignore[misc]  # transformers leaves it untyped
+    """GPT-2's linear layer, whose weight lies the other way round, multiplied with oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight + bias."""
+        if not _is_plain_float32(x):
+            plain: Tensor = super().forward(x)
+            return plain
+        return _by_onednn(x, self.weight.t(), self.bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    apply: Callable[..., Tensor] = _OneDNNProduct.apply  # torch leaves it untyped
+    return apply(x, weight, bias)
+
+
+def _is_plain_float32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+_ONEDNN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}
 
 
 class FusedRMSNorm(nn.Module):
@@ -290,8 +309,8 @@ def install(model: nn.Module) -> None:
     """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
     on_gpu = next(model.parameters()).is_cuda
     for name, part in model.named_modules():
-        if type(part) is nn.Linear and chosen().linear == "onednn":
-            part.__class__ = OneDNNLinear
+        if type(part) in _ONEDNN and chosen().linear == "onednn":
+            part.__class__ = _ONEDNN[type(part)]
         if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
             part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm
