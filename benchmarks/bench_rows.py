@@ -274,9 +274,9 @@ def lever_groups(model: str) -> list[Group]:
         without = ours("generate", "bfloat16", f"alignkit, {off.replace('_', ' ')}", patches=[f"benchmarks.levers:{off}"])
         sides = {"alignkit": ours("generate", "bfloat16"), "peer": without}
         groups.append(Group(work=drawn, sides=sides, rows=(Row(name=f"lever_{name}", precision="bf16"),)))
-    onednn = ours("sft", label="alignkit, onednn linear", patches=["benchmarks.levers:onednn_linear"])
+    other = ours("sft", label="alignkit, other linear", patches=["benchmarks.levers:other_linear"])
     others = [
-        ("lever_torch_linear_vs_onednn", "sft", text, onednn, "chosen by the probe"),
+        ("lever_linear", "sft", text, other, "chosen by the probe"),
         ("lever_float32_vs_bfloat16_sft", "sft", text, ours("sft", "bfloat16", "alignkit bf16"), "chosen by the probe"),
         ("lever_float32_vs_bfloat16_rollout", "generate", drawn, ours("generate", "bfloat16", "alignkit bf16"), "chosen by the probe"),
         ("lever_memory_kept", "sft", text, ours("sft", label="alignkit, freed memory given back", memory_kept=False), ""),
