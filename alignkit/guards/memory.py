@@ -8,11 +8,19 @@ from collections.abc import Callable
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+_OF_LIBRARIES = ("bad_alloc", "could not create a primitive")
+"""What libraries under torch raise on a CPU, where its own allocator has a sentence. oneDNN says no more than the second one; the same
+product was made when a run began, so what it lacks is memory.
+"""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the CPU's allocator, had no memory to give."""
-    # bad_alloc is what libraries under torch raise on a CPU, where its own allocator has a sentence.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "bad_alloc" in str(error) or should_reduce_batch_size(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or any(sentence in str(error) for sentence in _OF_LIBRARIES)
+        or should_reduce_batch_size(error)
+    )
 
 
 def release() -> None:

@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-from transformers.pytorch_utils import Conv1D
 
 _log = logging.getLogger(__name__)
 
@@ -259,30 +258,10 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x @ weight.T + bias."""
-        return _by_onednn(input, self.weight, self.bias) if _is_plain_float32(input) else super().forward(input)
-
-
-class OneDNNConv1D(Conv1D):  # type: ignore[misc]  # transformers leaves it untyped
-    """GPT-2's linear layer, whose weight lies the other way round, multiplied with oneDNN."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x @ weight + bias."""
-        if not _is_plain_float32(x):
-            plain: Tensor = super().forward(x)
-            return plain
-        return _by_onednn(x, self.weight.t(), self.bias)
-
-
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    apply: Callable[..., Tensor] = _OneDNNProduct.apply  # torch leaves it untyped
-    return apply(x, weight, bias)
-
-
-def _is_plain_float32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-
-
-_ONEDNN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDNNLinear, Conv1D: OneDNNConv1D}
+        if torch.is_autocast_enabled(input.device.type) or input.dtype != torch.float32:
+            return super().forward(input)
+        apply: Callable[..., Tensor] = _OneDNNProduct.apply  # torch leaves it untyped
+        return apply(input, self.weight, self.bias)
 
 
 class FusedRMSNorm(nn.Module):
@@ -309,8 +288,8 @@ def install(model: nn.Module) -> None:
     """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
     on_gpu = next(model.parameters()).is_cuda
     for name, part in model.named_modules():
-        if type(part) in _ONEDNN and chosen().linear == "onednn":
-            part.__class__ = _ONEDNN[type(part)]
+        if type(part) is nn.Linear and chosen().linear == "onednn":
+            part.__class__ = OneDNNLinear
         if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
             part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm

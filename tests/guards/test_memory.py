@@ -16,6 +16,7 @@ from alignkit.adamw import AdamWConfig
 from alignkit.config.schema import GuardConfig
 from alignkit.errors import RunError
 from alignkit.guards.guard import Guard
+from alignkit.guards.memory import is_out_of_memory
 from alignkit.learner import Learner, Share
 from alignkit.tracking import EventLog
 from alignkit.types import Metrics
@@ -88,6 +89,11 @@ def test_another_error_is_not_taken_for_it() -> None:
 
     with pytest.raises(RuntimeError, match="size"):
         learner.step(lambda tokens: [broken])
+
+
+@pytest.mark.parametrize("sentence", ["std::bad_alloc", "could not create a primitive", "DefaultCPUAllocator: can't allocate memory"])
+def test_whatever_library_says_it_memory_is_what_is_missing(sentence: str) -> None:
+    assert is_out_of_memory(RuntimeError(sentence))
 
 
 def test_with_a_real_limit_loss_and_gradient_are_those_without_it(tmp_path: Path) -> None:
