@@ -135,13 +135,16 @@ def load(
         adapters.tune(model, tuning, seed)
     else:
         model.requires_grad_(False)
-    return CausalPolicy(model, make_codec(tokenizer, model.config), tuning=tuning if trainable else TuningConfig(), precision=precision)
+    codec = make_codec(tokenizer, model.config, model.generation_config)
+    return CausalPolicy(model, codec, tuning=tuning if trainable else TuningConfig(), precision=precision)
 
 
-def make_codec(tokenizer: Any, model_config: Any) -> TemplateCodec:
-    """The codec of a model: every id that ends a turn is a stop id, the tokenizer's end-of-sequence first."""
-    declared = model_config.eos_token_id
-    also = declared if isinstance(declared, list) else [declared]
+def make_codec(tokenizer: Any, *configs: Any) -> TemplateCodec:
+    """The codec of a model: every id that ends a turn is a stop id, the tokenizer's end-of-sequence first, then what ``configs`` name, the
+    model's and that of its generation. Some models name the end of a chat's turn in the last one alone.
+    """
+    declared = (config.eos_token_id for config in configs)
+    also = [i for found in declared for i in (found if isinstance(found, list) else [found])]
     stops = [i for i in (tokenizer.eos_token_id, *also) if i is not None]
     if not stops:
         raise ModelError(f"{tokenizer.name_or_path}: the tokenizer names no end-of-sequence token, so a response could never end")

@@ -15,7 +15,7 @@ from alignkit.errors import ModelError
 from alignkit.interfaces import TokenBatch
 from alignkit.models import adapters
 from alignkit.models.attention import hidden_states, prepare
-from alignkit.models.causal_lm import autocast, load, make_codec, pick_device, resolve_precision
+from alignkit.models.causal_lm import autocast, load, pick_device, resolve_precision
 from alignkit.models.config import Precision, TuningConfig
 from alignkit.ops.losses import score_index
 
@@ -62,9 +62,12 @@ class ScalarModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the backbone as a plain transformers folder, head, offset and gain beside it."""
         from safetensors.torch import save_file
+        from transformers import GenerationConfig
 
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(folder, state_dict=adapters.merged_state(self.backbone))
+        # A backbone generates nothing, so that transformers would not write down where a turn ends.
+        GenerationConfig(eos_token_id=list(self.codec.stop_ids)).save_pretrained(folder)
         self.codec.tokenizer.save_pretrained(folder)
         save_file({"weight": self.head.weight.detach().cpu(), "bias": self.head.bias.detach().cpu()}, folder / "head.safetensors")
         facts = {"offset": self.offset, "gain": self.gain, "template_hash": self.codec.template_hash}
@@ -82,12 +85,14 @@ def load_scalar(folder: Path, *, tuning: TuningConfig, precision: Precision, tra
         return model if trainable else model.requires_grad_(False)
 
     from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
+
+    from alignkit.models.source import codec_of_folder
 
     facts = json.loads(facts_file.read_text(encoding="utf-8"))
     backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(pick_device()).eval()
     prepare(backbone)
-    codec = make_codec(AutoTokenizer.from_pretrained(folder), backbone.config)
+    codec = codec_of_folder(folder)
     if codec.template_hash != facts["template_hash"]:
         raise ModelError(f"{folder}: its chat template is not the one it was trained with, so its scores would mean something else")
     model = ScalarModel(backbone, codec, precision).to(pick_device())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,16 @@ def codec_of_folder(folder: Path, *, trust_remote_code: bool = False) -> Templat
 
 
 def _codec(source: str, tokenizer: Any, *, trust_remote_code: bool) -> TemplateCodec:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from alignkit.models.causal_lm import make_codec
 
     where, options = _transformers_arguments(source)
-    described = _try(source, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
-    return make_codec(tokenizer, described)
+    configs = [_try(source, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options))]
+    if not options:  # a GGUF file has no place for one, and a folder need not have one
+        with suppress(OSError):
+            configs.append(GenerationConfig.from_pretrained(where))
+    return make_codec(tokenizer, *configs)
 
 
 def _convert(source: str, config: CausalLMConfig, target: Path) -> None:

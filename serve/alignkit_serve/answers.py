@@ -178,6 +178,8 @@ class Answers:
         choice.text.append(piece.text)
         choice.drawn.extend(piece.drawn)
         choice.finished = piece.finished
+        if piece.prompt_tokens is not None:
+            choice.prompt = replace(choice.prompt, tokens=piece.prompt_tokens)
         self._admission.count(len(piece.drawn))
         if choice.shown and (piece.text or piece.shown or piece.drawn or piece.finished):
             try:

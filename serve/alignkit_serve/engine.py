@@ -81,13 +81,15 @@ class Piece:
     """What an answer has grown by.
 
     ``text`` can be shown: no stop string will take it back. ``shown``: the tokens of that text; ``drawn``: all new tokens, those of a
-    stop string and the stop token included. ``finished`` says why it is the last piece.
+    stop string and the stop token included. ``finished`` says why it is the last piece; ``prompt_tokens`` may come with that one, where
+    nobody knew before how many they are.
     """
 
     text: str
     shown: tuple[Token, ...]
     drawn: tuple[Token, ...]
     finished: Finish | None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

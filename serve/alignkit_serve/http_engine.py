@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,7 +17,6 @@ from alignkit.rollout.noise import noise_key
 from alignkit_serve.engine import Capabilities, Encoded, EngineError, Finish, Parameters, Piece, PromptError
 from alignkit_serve.upstream import (
     MOST_BYTES,
-    Choice,
     Chunk,
     Events,
     Model,
@@ -117,27 +117,23 @@ class HttpEngine:
     async def generate(self, prompt: Encoded, parameters: Parameters) -> AsyncGenerator[Piece]:
         """One answer. Closing the iterator closes the upstream's stream, which cancels there."""
         reader = self._reader(parameters)
-        events = Events()
         path, body = self._request(prompt.prompt, parameters)
         growing = False
         self._waiting += 1
         try:
-            async with self._answering("POST", path, body) as response:
-                self._check_stream(response)
-                received = response.aiter_bytes()
-                async for data in received:
-                    for choice in self._choices(events.feed(data)):
+            async with self._answering("POST", path, body) as response, contextlib.aclosing(self._chunks(response)) as chunks:
+                async for chunk in chunks:
+                    for choice in chunk.choices or ():
                         piece = reader.take(choice, self._finish(choice.finish_reason))
                         if piece.drawn and not growing:
                             growing = True
                             self._waiting, self._growing = self._waiting - 1, self._growing + 1
                         self._drawn += len(piece.drawn)
                         if piece.finished:
-                            await _heard_out(received)
-                        if piece.text or piece.drawn or piece.finished:
-                            yield piece
-                        if piece.finished:
+                            yield replace(piece, prompt_tokens=await _prompt_tokens(chunk, chunks))
                             return
+                        if piece.text or piece.drawn:
+                            yield piece
             raise EngineError(f"{self._url} ended an answer in the middle: its stream closed without a finish_reason")
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
@@ -236,23 +232,26 @@ class HttpEngine:
             return EngineError(f"{self._url} has been silent for {self._timeout:g} s")
         return EngineError(f"the connection to {self._url} broke: {said}")
 
-    def _check_stream(self, response: httpx.Response) -> None:
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[Chunk]:
+        """The chunks of an answer. Raises ``EngineError`` where something else is sent, and what httpx raises."""
         kind = response.headers.get("Content-Type", "nothing").partition(";")[0].strip()
         if kind != "text/event-stream":
             raise EngineError(f"{self._url} answers with {kind[:100]} instead of text/event-stream; is it an OpenAI-compatible server?")
+        events = Events()
+        async for received in response.aiter_bytes():
+            for event in events.feed(received):
+                if event.strip() != b"[DONE]":
+                    yield self._chunk(event)
 
-    def _choices(self, events: Iterable[bytes]) -> Iterator[Choice]:
-        for event in events:
-            if event.strip() == b"[DONE]":
-                return
-            try:
-                chunk = Chunk.model_validate_json(event)
-            except ValidationError as error:
-                # Where and what is wrong, but not the text: it may be somebody's.
-                raise EngineError(f"{self._url} sent something that is not a chunk of an answer: {first_problem(error)}") from error
-            if chunk.choices is None or chunk.error is not None:
-                raise EngineError(f"{self._url} gave up an answer: {chunk.said() or 'it sent an event without choices'}")
-            yield from chunk.choices
+    def _chunk(self, event: bytes) -> Chunk:
+        try:
+            chunk = Chunk.model_validate_json(event)
+        except ValidationError as error:
+            # Where and what is wrong, but not the text: it may be somebody's.
+            raise EngineError(f"{self._url} sent something that is not a chunk of an answer: {first_problem(error)}") from error
+        if chunk.choices is None or chunk.error is not None:
+            raise EngineError(f"{self._url} gave up an answer: {chunk.said() or 'it sent an event without choices'}")
+        return chunk
 
     def _finish(self, reason: str | None) -> Finish | None:
         if reason and reason not in _FINISHES:
@@ -303,11 +302,15 @@ async def _body(response: httpx.Response) -> bytes:
     return body
 
 
-async def _heard_out(received: AsyncIterator[bytes]) -> None:
-    """Wait for the end of a stream: a server may take a client that leaves after the last token, and before the end, for one that
-    does not want the answer. The answer is complete, so nothing can go wrong with it any more.
+async def _prompt_tokens(last: Chunk, rest: AsyncIterator[Chunk]) -> int | None:
+    """How many tokens the prompt had, if that is told with the ``last`` chunk of an answer or after it.
+
+    The end of the stream is waited for: a server may take a client that leaves after the last token for one that does not want the
+    answer. The answer is complete, so nothing can go wrong with it any more.
     """
-    with contextlib.suppress(httpx.RequestError, TimeoutError):
+    usage = last.usage
+    with contextlib.suppress(EngineError, httpx.RequestError, TimeoutError):
         async with asyncio.timeout(_GOODBYE_SECONDS):
-            async for _ in received:
-                pass
+            async for chunk in rest:
+                usage = chunk.usage or usage
+    return usage.prompt_tokens if usage else None

@@ -230,10 +230,15 @@ class _Failure(BaseModel):
         return _line(said, 1000)
 
 
+class _Usage(BaseModel):
+    prompt_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
 class Chunk(_Failure):
-    """One event of a stream: choices, none of them where it tells the usage, or an error."""
+    """One event of a stream: choices, most often none of them where it tells the usage, or an error."""
 
     choices: list[Choice] | None = None
+    usage: _Usage | None = None
 
 
 class _OfPolicy(BaseModel):

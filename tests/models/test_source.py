@@ -1,12 +1,15 @@
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from alignkit.errors import ModelError
-from alignkit.models.config import CausalLMConfig
+from alignkit.models.causal_lm import load
+from alignkit.models.config import CausalLMConfig, TuningConfig
+from alignkit.models.scalar import load_scalar
 from alignkit.models.source import codec_of_model, locate, prepare
-from alignkit.types import Message, Prompt
+from alignkit.types import Demonstration, Message, Prompt
 from tests.fakes import tiny_folder
 
 
@@ -50,6 +53,29 @@ def test_a_template_of_ones_own_makes_a_folder_of_ones_own(tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(prepared).chat_template == template.read_text()
     codec = codec_of_model(config)
     assert codec.decode(codec.prompt(Prompt("p", (Message("user", "hi"),)))) == "[user] hi"
+
+
+def test_what_ends_a_turn_may_be_named_for_generation_alone(tmp_path: Path) -> None:
+    """As Phi-3 does: its template ends a turn with a token that is neither its tokenizer's end nor its config's."""
+    folder = shutil.copytree(tiny_folder(), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '<|end|>' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, end]).save_pretrained(folder)
+
+    codec = codec_of_model(CausalLMConfig(model=str(folder)))
+    assert codec.stop_ids == (tokenizer.eos_token_id, end)
+    row = codec.demonstration(Demonstration(Prompt("p", (Message("user", "hi"),)), (Message("assistant", "yo"),)))
+    assert row.ids[-1] == end
+    assert row.loss_mask[-1]
+
+    said = {"tuning": TuningConfig(), "precision": "float32", "trainable": True, "seed": 0}
+    policy, reward_model = load(folder, **said), load_scalar(folder, **said)
+    policy.save(tmp_path / "policy")
+    reward_model.save(tmp_path / "reward-model")
+    again = [policy, reward_model, load(tmp_path / "policy", **said), load_scalar(tmp_path / "reward-model", **said)]
+    assert {model.codec.template_hash for model in again} == {codec.template_hash}
 
 
 @pytest.mark.parametrize(

@@ -358,12 +358,14 @@ def test_a_server_on_top_of_a_server_answers_the_official_client(upstream: Runni
         whole = client.chat.completions.create(**options, seed=3, n=2, logprobs=True, top_logprobs=2)
         for choice in whole.choices:
             seed = noise_key(3, 0, "", choice.index) & 0x7FFFFFFF
-            direct = below.chat.completions.create(**options, seed=seed, logprobs=True, top_logprobs=2).choices[0]
+            single = below.chat.completions.create(**options, seed=seed, logprobs=True, top_logprobs=2)
+            direct = single.choices[0]
             assert choice.message.content == direct.message.content
             assert choice.logprobs == direct.logprobs
             assert choice.finish_reason == direct.finish_reason
         assert whole.usage is not None
-        assert whole.usage.completion_tokens == 24
+        assert single.usage is not None
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (single.usage.prompt_tokens, 24)
         streamed = list(client.chat.completions.create(**options, seed=3, stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole.choices[0].message.content
         text = whole.choices[0].message.content or ""

@@ -405,6 +405,25 @@ def test_a_stream_that_does_not_end_after_its_last_token_harms_no_answer(upstrea
     assert (text(pieces), pieces[-1].finished) == ("Hi", "stop")
 
 
+@pytest.mark.parametrize(
+    ("frames", "tokens"),
+    [
+        (ready_made().frames, 3),
+        ((chunk("Hi", [one("Hi", -1.0)]), event({"choices": [{"finish_reason": "stop"}], "usage": {"prompt_tokens": 7}}), DONE), 7),
+        ((chunk("Hi", [one("Hi", -1.0)], "stop"), DONE), None),
+        ((chunk("Hi", [one("Hi", -1.0)], "stop"), event({"choices": [], "usage": None}), DONE), None),
+        ((chunk("Hi", [one("Hi", -1.0)], "stop"), b"data: what?\n\n", DONE), None),
+    ],
+    ids=["after it", "with it", "not at all", "nothing", "garbage"],
+)
+def test_how_long_the_prompt_was_is_told_at_the_end_of_an_answer_or_never(
+    upstream: Upstream, frames: tuple[bytes, ...], tokens: int | None
+) -> None:
+    pieces = answered(upstream, Reply(frames))
+    assert text(pieces) == "Hi"
+    assert [piece.prompt_tokens for piece in pieces] == [None] * (len(pieces) - 1) + [tokens]
+
+
 def test_nothing_listens(upstream: Upstream) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
