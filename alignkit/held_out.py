@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from alignkit.errors import RunError
 from alignkit.interfaces import Policy, RewardSource
 from alignkit.rollout import LocalEngine
 from alignkit.types import Prompt, PromptRow, Sampling
 
+if TYPE_CHECKING:
+    from alignkit.guards.guard import Guard
+
 
 class HeldOut:
     """``prompts``, and the ``judge`` of the answers. ``noise``: the step that chooses the noise; none that a training step uses."""
 
-    def __init__(self, prompts: Sequence[Prompt], judge: RewardSource, sampling: Sampling, *, seed: int, noise: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], judge: RewardSource, sampling: Sampling, *, seed: int, noise: int, guard: Guard | None = None
+    ) -> None:
         self._prompts, self._judge, self._sampling, self._noise = prompts, judge, sampling, noise
-        self._engine = LocalEngine(seed)
+        self._engine = LocalEngine(seed, guard)
 
     def score(self, policy: Policy) -> tuple[float, int]:
         """The mean score of one answer to each prompt, and how many answers have no score, or none that is a number.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignkit.adamw import AdamWConfig
 from alignkit.errors import RunError
-from alignkit.guards.memory import is_out_of_memory, release, torch_draws
+from alignkit.guards.memory import attempt, release, torch_draws
 from alignkit.interfaces import State
 from alignkit.ops.schedule import schedule
 from alignkit.types import Metrics
@@ -93,17 +93,12 @@ class Learner:
     def _differentiate(self, split: Split) -> tuple[float, dict[str, float]]:
         """Loss and metrics of the whole step, whose gradient is in the weights; in smaller microbatches from here on if it has to be."""
         draw_again = torch_draws()
-        while True:
-            try:
-                return _backward(split(self._microbatch_tokens))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Out here the error is gone, and with it the frames that hold the activations.
+        while (done := attempt(lambda: _backward(split(self._microbatch_tokens)))) is None:
             self._adam.zero_grad()
             release()
             self._halve(split)
             draw_again()
+        return done
 
     def _halve(self, split: Split) -> None:
         """Lower the microbatch's tokens until there are more microbatches. Raises ``RunError`` when every row is one already."""

@@ -100,7 +100,7 @@ def by_reward(config: SelectConfig, context: Context, reward: RewardSource, load
     assert config.prompts is not None
     asked = read_prompts(list(context.build_data(config.prompts).rows()))
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-    held_out = HeldOut(asked, reward, sampling, seed=context.seed, noise=_NOISE_STEP)
+    held_out = HeldOut(asked, reward, sampling, seed=context.seed, noise=_NOISE_STEP, guard=context.guard)
 
     def judge(candidate: Path, validation: Metrics) -> Metrics:
         score, unscored = held_out.score(load(candidate))

@@ -19,6 +19,7 @@ from alignkit.files import write_json
 from alignkit.generators import Generators
 from alignkit.guards.finite import not_finite
 from alignkit.guards.guard import Guard, RollBack
+from alignkit.guards.memory import is_out_of_memory
 from alignkit.interfaces import Policy, Tracker
 from alignkit.interrupt import StopRequest
 from alignkit.journal import Journal
@@ -73,7 +74,12 @@ class StageRunner:
         self._artifacts.begin()
         self._guard = Guard(stage.name, self._run.guard, repr(stage), self._terminal.say, self._events)
         with closing(Journal(folder / "rewards.db")) as self._journal:
-            made = self._evaluate(stage, folder) if stage.evaluate else self._learn(stage, folder)
+            try:
+                made = self._evaluate(stage, folder) if stage.evaluate else self._learn(stage, folder)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RunError(_no_memory(stage.name, error)) from error
         write_json(folder / "manifest.json", {"stage": stage.name, **made, "seconds": round(time.monotonic() - started, 1)})
         # Only now: until the manifest is there, the last checkpoint is what a killed run goes on from.
         for scaffolding in ("checkpoints", "candidates"):
@@ -142,7 +148,7 @@ class StageRunner:
                 offline(parts.optimizer, feed.rows, parts.order, plan, first=first, after=after)
             else:
                 scoring = Scoring(parts.reward, stateful, saves, first, say)
-                policy, engine, remembered = parts.optimizer.policy, LocalEngine(self._run.seed), scoring.remembering(after)
+                policy, engine, remembered = parts.optimizer.policy, LocalEngine(self._run.seed, self._guard), scoring.remembering(after)
                 online(parts.watch, policy, engine, scoring, feed.rows, parts.order, plan, first=first, after=remembered)
 
         if name := not_finite({"optimizer": parts.optimizer.state()}):
@@ -194,3 +200,12 @@ class StageRunner:
             guard=self._guard,
             say=self._terminal.say,
         )
+
+
+def _no_memory(stage: str, error: BaseException) -> str:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"stage {stage}: out of memory, where nothing takes less at once by itself as steps and rollouts do; lower microbatch_tokens, "
+        "shorten the rows, train adapters (policy.tuning: {kind: lora}), or take a smaller model or a larger machine. "
+        f"The same command goes on from what was saved. What was said: {said}"
+    )

@@ -54,7 +54,7 @@ class WinRate:
 
     def __init__(self, config: WinRateConfig, context: Context, engine: RolloutEngine | None = None) -> None:
         self._config, self._context = config, context
-        self._engine = engine or LocalEngine(seed=context.seed + config.seed)
+        self._engine = engine or LocalEngine(context.seed + config.seed, context.guard)
 
     def evaluate(self) -> Mapping[str, Any]:
         """The figures, ready for ``evaluation.json``: a figure that cannot be computed is None."""

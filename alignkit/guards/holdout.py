@@ -31,7 +31,7 @@ class Holdout:
         self.every, self.stop = config.every, config.stop
         asked = read_prompts(list(context.build_data(config.prompts).rows()))
         self._policy = policy
-        self._held_out = HeldOut(asked, judge, context.plan.sampling, seed=context.seed, noise=_NOISE_STEP)
+        self._held_out = HeldOut(asked, judge, context.plan.sampling, seed=context.seed, noise=_NOISE_STEP, guard=context.guard)
         self._rewards: list[float] = []
         self._looks: list[tuple[float, float]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,6 +13,20 @@ _OF_LIBRARIES = ("bad_alloc", "could not create a primitive")
 """What libraries under torch raise on a CPU, where its own allocator has a sentence. oneDNN says no more than the second one; the same
 product was made when a run began, so what it lacks is memory.
 """
+
+T = TypeVar("T")
+
+
+def attempt(work: Callable[[], T]) -> T | None:
+    """What ``work`` returns, or None where memory does not suffice for it. By then nothing holds what it had made: the error is gone, and
+    with it the frames of ``work``.
+    """
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,16 +12,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alignkit import run
 from alignkit.adamw import AdamWConfig
 from alignkit.config.schema import GuardConfig
 from alignkit.errors import RunError
 from alignkit.guards.guard import Guard
 from alignkit.guards.memory import is_out_of_memory
+from alignkit.interfaces import Rollout
 from alignkit.learner import Learner, Share
+from alignkit.models.causal_lm import CausalPolicy
+from alignkit.models.decoding import LlamaDecoding
+from alignkit.rollout import LocalEngine
 from alignkit.tracking import EventLog
-from alignkit.types import Metrics
+from alignkit.types import Message, Metrics, Prompt, PromptRow, Sampling
+from tests.fakes import tiny_policy
 
 ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs" / "smoke.yaml"
 NOWHERE = 2**46  # bytes that no machine has
 
 
@@ -78,6 +85,58 @@ def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_do() -> No
         learner.step(lambda tokens: line.split(tokens, 0, [1.0, 2.0, 3.0, 4.0]))
     assert line.w.item() == 1.0
     assert line.w.grad is None
+
+
+def decoder_with_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of more rows than that ask for more memory than there is."""
+    plenty = LlamaDecoding.logits
+
+    def logits(model: LlamaDecoding, hidden: Tensor) -> Tensor:
+        if len(hidden) > rows:
+            torch.empty(NOWHERE, dtype=torch.uint8)
+        return plenty(model, hidden)
+
+    monkeypatch.setattr(LlamaDecoding, "logits", logits)
+
+
+def rollout_of_twelve(engine: LocalEngine, policy: CausalPolicy) -> Rollout:
+    prompts = [Prompt(str(i), (Message("user", "x" * i),)) for i in range(1, 7)]
+    rows = [PromptRow(prompt, policy.codec.prompt(prompt)) for prompt in prompts]
+    return engine.rollout(policy, rows, Sampling(9), samples_per_prompt=2, step=3)
+
+
+def test_a_rollout_that_does_not_fit_is_drawn_again_a_few_rows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    guard = Guard("ppo", GuardConfig(), "", said.append, EventLog(tmp_path / "events.jsonl"))
+    policy = tiny_policy()
+    plenty = rollout_of_twelve(LocalEngine(0), policy)
+    decoder_with_room_for(4, monkeypatch)
+    engine = LocalEngine(0, guard)
+    for _ in range(2):  # the second time it need not be found out again
+        limited = rollout_of_twelve(engine, policy)
+        assert limited.samples == plenty.samples
+        assert torch.equal(limited.batch.ids, plenty.batch.ids)
+        assert torch.allclose(limited.logprobs, plenty.logprobs, atol=1e-5)
+    text = "ppo: out of memory: at most {} responses are drawn at once from here on, not {}; the batch is the same"
+    assert said == [text.format(6, 12), text.format(3, 6)]
+
+
+def test_a_single_response_that_does_not_fit_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_with_room_for(0, monkeypatch)
+    with pytest.raises(RunError, match=r"out of memory while a single response was drawn; shorten it \(max_length, max_new_tokens\)"):
+        rollout_of_twelve(LocalEngine(0), tiny_policy())
+
+
+def test_whatever_else_does_not_fit_ends_the_stage_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the models alone are too large. The same command goes on once there is memory."""
+    asked = [f"dir={tmp_path / 'run'}"]
+    monkeypatch.setattr("alignkit.models.adapters.tune", lambda *_: torch.empty(NOWHERE, dtype=torch.uint8))
+    with pytest.raises(RunError, match=r"^stage sft: out of memory, .* What was said: .*allocate") as failed:
+        run(SMOKE, asked)
+    monkeypatch.undo()
+    assert "\n" not in str(failed.value)
+    run(SMOKE, asked)
+    assert (tmp_path / "run" / "ppo" / "manifest.json").is_file()
 
 
 def test_another_error_is_not_taken_for_it() -> None:
