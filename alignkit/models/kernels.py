@@ -37,6 +37,9 @@ _NOTICEABLY = 1.2
 _NO_SLOWER = 0.95
 """What a measurement cannot tell from equally fast."""
 
+_NARROW = 256
+"""Below so many inputs, making a product anew for each number of rows costs oneDNN more than it gains."""
+
 _FEW = 64
 """Up to so many rows ``transposed`` is the faster way round."""
 
@@ -288,18 +291,25 @@ def install(model: nn.Module) -> None:
     """Let the layers of a float32 model compute as was chosen on the CPU, and as is fastest on a GPU."""
     on_gpu = next(model.parameters()).is_cuda
     for name, part in model.named_modules():
-        if type(part) is nn.Linear and chosen().linear == "onednn":
+        if type(part) is nn.Linear and _trains_with_onednn(part.weight):
             part.__class__ = OneDNNLinear
         if on_gpu and type(part) in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             # Those of a block; a norm of queries and keys, or the last one, is read otherwise.
             part.__class__ = FusedRMSNormBeforeProducts if name.endswith("_layernorm") else FusedRMSNorm
 
 
+def _trains_with_onednn(weight: Tensor) -> bool:
+    """Whether a layer with this ``weight`` [v d] does, in a float32 model on the CPU."""
+    return chosen().linear == "onednn" and weight.shape[1] >= _NARROW
+
+
 def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
-    packs = {torch.float32: chosen().decode == "packed", torch.bfloat16: chosen().decode_bfloat16 == "packed"}
+    # Where the trainer goes through oneDNN, the sampler does so in the same layers.
+    alike = chosen().linear == "torch" or _trains_with_onednn(weight)
+    packs = {torch.float32: chosen().decode == "packed" and alike, torch.bfloat16: chosen().decode_bfloat16 == "packed"}
     if weight.device.type == "cpu" and packs.get(dtype):
         packed = _packed(weight)
         return _of_rows(lambda x: _of_two_rows_or_more(x.to(dtype), packed, bias))

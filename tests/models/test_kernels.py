@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from unittest import mock
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ def test_onednn_has_the_gradients_of_the_linear_layer(bias: bool, frozen: bool) 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_policy_scores_alike_with_either_linear_layer(architecture: str) -> None:
+def test_a_policy_scores_alike_with_either_linear_layer(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_NARROW", 1)
     rows = [TokenRow(str(i), tuple(range(5, 9 + i)), (False, *(True,) * (3 + i))) for i in range(4)]
     use(Kernels(linear="torch"))
     plain = tiny_policy(architecture)
@@ -141,11 +143,27 @@ def test_a_layer_of_another_kind_is_left_alone() -> None:
         pass
 
     use(Kernels(linear="onednn"))
-    model = nn.Sequential(nn.Linear(3, 3), Own(3, 3))
+    model = nn.Sequential(nn.Linear(256, 256), Own(256, 256))
     install(model)
     assert [type(part) for part in model] == [OneDNNLinear, Own]
     with torch.autocast("cpu", torch.bfloat16):
-        assert model[0](torch.randn(2, 3)).dtype == torch.bfloat16
+        assert model[0](torch.randn(2, 256)).dtype == torch.bfloat16
+
+
+def test_a_narrow_layer_stays_with_torch_for_trainer_and_sampler_alike() -> None:
+    """Serving has no trainer to agree with: there the other products are for everyone, since rows do not depend on each other in them."""
+    use(Kernels(linear="onednn", decode="packed"))
+    narrow, wide = (nn.Linear(width, 40, bias=False).requires_grad_(False) for width in (255, 256))
+    model = nn.Sequential(narrow, wide)
+    install(model)
+    assert [type(part) for part in model] == [nn.Linear, OneDNNLinear]
+    with mock.patch.object(kernels, "_packed", wraps=kernels._packed) as packed:
+        for layer in model:
+            product(layer.weight, None, torch.float32)
+        assert [call.args[0].shape[1] for call in packed.call_args_list] == [256]
+        use(Kernels(decode="packed"))
+        product(narrow.weight, None, torch.float32)
+        assert [call.args[0].shape[1] for call in packed.call_args_list] == [256, 255]
 
 
 @pytest.mark.parametrize(
