@@ -20,11 +20,17 @@ def shares(rows: Sequence[Result], limits: Mapping[str, float]) -> str:
         ]
         for row in rows
         if "135m" in row["name"] and "time" in row["metric"] and "work" in row
-        for gemm in [limits["gemm_bf16_gflops" if row["precision"].startswith("bf16") else "gemm_fp32_gflops"]]
+        for gemm in [limits["gemm_bf16_gflops" if in_bfloat16(row) else "gemm_fp32_gflops"]]
         for phase, taken, flops, reads in phases_of(row)
     ]  # fmt: skip
     head = ["row", "phase", "s, ours", "GFLOP needed", "s at the GEMM's rate", "GB of weights read", "s at the copy's rate", "share"]
     return markdown(head, lines)
+
+
+def in_bfloat16(row: Result) -> bool:
+    """Whether our side multiplied in it; ``auto`` is what the probe chose."""
+    kernels = row.get("kernels") or {}
+    return row["precision"].startswith("bf16") or (row["precision"].startswith("auto") and bool(kernels.get("bfloat16")))
 
 
 def phases_of(row: Result) -> Iterator[tuple[str, float, float, float]]:
@@ -32,7 +38,7 @@ def phases_of(row: Result) -> Iterator[tuple[str, float, float, float]]:
     work, mine = Work(**row["work"]), row["ours"]
     prompt, response = work.tokens()
     everything = prompt * work.k + response
-    weight = 2 if row["precision"].startswith("bf16") else 4
+    weight = 2 if in_bfloat16(row) else 4
     generating = 2.0 * (TRUNK * everything + HEAD * response), float(weight * (TRUNK + HEAD) * max(work.response_lengths()))
     if row["name"].startswith("ppo"):
         learning = 6.0 * work.epochs * (2 * TRUNK * everything + HEAD * response)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.bench_growth import GROWTH, growth_figure, relative
-from benchmarks.bench_limits import HEAD, TRUNK, phases_of
+from benchmarks.bench_limits import HEAD, TRUNK, in_bfloat16, phases_of
 from benchmarks.bench_page import page
 from benchmarks.bench_pipe import Worker, WorkerError
 from benchmarks.bench_rows import Group, Row, ours, quick_groups, real_groups, tiny_groups
@@ -151,6 +151,14 @@ def test_what_a_step_needs_is_counted_without_padding() -> None:
     row = {"name": "sft_135m_ragged_fp32", "precision": "fp32", "work": asdict(work), "ours": {"seconds": 2.0, "parts": {}}}
     assert response == 12
     assert list(phases_of(row)) == [("step", 2.0, 6.0 * (TRUNK * (prompt + 12) + HEAD * 12), 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "chosen", "expected"),
+    [("fp32", True, False), ("bf16; peer fp32", False, True), ("auto; peer bf16", True, True), ("auto; peer bf16", False, False)],
+)
+def test_a_share_is_of_the_limit_of_the_precision_that_was_computed_in(precision: str, chosen: bool, expected: bool) -> None:
+    assert in_bfloat16({"precision": precision, "kernels": {"bfloat16": chosen}}) == expected
 
 
 def test_growth_is_told_over_the_first_point() -> None:
