@@ -187,6 +187,7 @@ def test_a_policy_against_itself_ties_everywhere_at_no_distance() -> None:
         build_reward=lambda component: LengthJudge(),
         build_data=lambda component: SimpleNamespace(rows=lambda: component.config),
         say=lambda text: None,
+        guard=None,
     )
     figures = WinRate(replace(CONFIG, max_new_tokens=8, samples_per_prompt=2), context).evaluate()
     assert (figures["win_rate"], figures["ci95_low"], figures["ci95_high"]) == (0.5, 0.5, 0.5)
