@@ -74,8 +74,10 @@ def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: tor
             base = getattr(part, "base_layer", part)  # peft puts the layer that it adapts there
             if isinstance(base, nn.Linear | Conv1D) and not name.endswith(".base_layer") and ".lora_" not in name:
                 weight = weights[f"{name}.weight"]
-                # GPT-2 keeps its weights transposed.
-                part.forward = product(weight.t() if isinstance(base, Conv1D) else weight, base.bias, dtype)
+                if isinstance(base, Conv1D):  # GPT-2's, which keeps its weights transposed
+                    part.forward = product(weight.t(), base.bias, dtype, installed=False)
+                else:
+                    part.forward = product(weight, base.bias, dtype)
                 changed.append(part)
         yield
     finally:

@@ -303,12 +303,15 @@ def _trains_with_onednn(weight: Tensor) -> bool:
     return chosen().linear == "onednn" and weight.shape[1] >= _NARROW
 
 
-def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
-    """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here."""
+def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, installed: bool = True) -> Product:
+    """x @ weight.T + bias in ``dtype`` without gradients, for many calls: what casting and repacking costs is paid here.
+
+    ``installed``: whether it is the product of a layer that ``install`` knows; another one trains through torch whatever was chosen.
+    """
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     # Where the trainer goes through oneDNN, the sampler does so in the same layers.
-    alike = chosen().linear == "torch" or _trains_with_onednn(weight)
+    alike = chosen().linear == "torch" or (installed and _trains_with_onednn(weight))
     packs = {torch.float32: chosen().decode == "packed" and alike, torch.bfloat16: chosen().decode_bfloat16 == "packed"}
     if weight.device.type == "cpu" and packs.get(dtype):
         packed = _packed(weight)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,13 +71,17 @@ def line_logits(model: Decoding) -> list[Tensor]:
     return [model.logits(hidden)[layout.line[i, len(text) - 1]] for i, text in enumerate(TEXTS)]
 
 
-@pytest.fixture
-def decode(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A way of multiplying."""
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
     before = kernels.chosen()
-    kernels.use(kernels.Kernels(decode=request.param))
     yield
     kernels.use(before)
+
+
+@pytest.fixture
+def decode(request: pytest.FixtureRequest) -> None:
+    """A way of multiplying."""
+    kernels.use(kernels.Kernels(decode=request.param))
 
 
 @pytest.mark.usefixtures("decode")
@@ -109,6 +114,16 @@ def test_greedy_decoding_says_what_the_plain_forward_says_token_by_token(name: s
                     assert event.token == int(next_logits(plain, text).argmax())
                 text.append(event.token)
     assert [len(text) for text in numbers.values()] == [len(text) + 9 for text in TEXTS]
+
+
+def test_gpt2s_layers_are_sampled_from_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's products, where oneDNN's were chosen: ``Conv1D`` is none of the layers that train with those. Its head is."""
+    monkeypatch.setattr(kernels, "_NARROW", 1)
+    model = vivid("gpt2")
+    for chosen, packed in ((kernels.Kernels(linear="onednn", decode="packed"), 1), (kernels.Kernels(decode="packed"), 9)):
+        kernels.use(chosen)
+        with mock.patch.object(kernels, "_packed", wraps=kernels._packed) as packing, decoding(model, model.state_dict(), torch.float32):
+            assert packing.call_count == packed
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
