@@ -58,7 +58,7 @@ WORKSHOP = CONTRACT | {
 }
 """What a plugin may import of the core where the work is done."""
 
-SERVING = {"api", "rollout", "models", "data", "evaluate", "registry", "config", "files", "threads", "alignkit"}
+SERVING = {"api", "rollout", "models", "data", "evaluate", "guards", "registry", "config", "files", "threads", "alignkit"}
 """What the server may import of the core."""
 
 OF_THE_CORE = {

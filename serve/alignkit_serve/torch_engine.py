@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from alignkit.api import DataError, Policy, Prompt
+from alignkit.guards.memory import attempt, release
 from alignkit.models.decoding import Decoding
 from alignkit.rollout.decoder import Decoder, Event, Request
 from alignkit.rollout.filters import Filters
@@ -25,11 +27,14 @@ _PREFILL_TOKENS = 1024
 
 _TOP_LOGPROBS = 20
 
+_LOG = logging.getLogger(__name__)
+
 
 class TorchEngine:
     """Answers with one policy. At most ``max_rows`` answers grow at once, the others wait in the order in which they came.
 
-    Made in a running event loop, to which it delivers. ``batch_invariant`` is not believed but tried, once, with this policy.
+    Made in a running event loop, to which it delivers. ``batch_invariant`` is not believed but tried, once, with this policy. When memory
+    does not suffice for a step, the answers that were growing or waiting are refused, and it goes on with those that come later.
     """
 
     name = "torch"
@@ -41,7 +46,7 @@ class TorchEngine:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[Decoder], None] | None] = queue.SimpleQueue()
-        self._answers: dict[int, asyncio.Queue[Event | None]] = {}  # None: the thread has stopped
+        self._answers: dict[int, asyncio.Queue[Event | EngineError]] = {}
         self._of: dict[int, int] = {}  # the decoder's number of an answer -> ours; the thread's
         self._scores: set[asyncio.Future[list[float]]] = set()
         self._ended: str | None = None  # why nothing is generated any more
@@ -84,24 +89,23 @@ class TorchEngine:
         """One answer. Its row leaves the batch as soon as the iterator is closed."""
         if self._ended:
             raise self._stopped()
-        number, events = next(self._numbers), asyncio.Queue[Event | None]()
+        number, events = next(self._numbers), asyncio.Queue[Event | EngineError]()
         self._answers[number] = events
         request = self._request(prompt, parameters)
-        held: list[int] = []  # the decoder's own number, known once the thread has taken the request in
-        self._inbox.put(lambda decoder: self._take_in(decoder, number, request, held))
+        self._inbox.put(lambda decoder: self._take_in(decoder, number, request))
         stream = TextStream(self._codec.tokenizer, parameters.stop)
         try:
             while True:
                 event = await events.get()
-                if event is None:
-                    raise self._stopped()
+                if isinstance(event, EngineError):
+                    raise event
                 piece = stream.take(self._token(event), event.finished)
                 yield piece
                 if piece.finished:
                     return
         finally:
             del self._answers[number]
-            self._inbox.put(lambda decoder: self._let_go(decoder, held))
+            self._inbox.put(lambda decoder: self._let_go(decoder, number))
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """Log-probabilities of a sequence's tokens but the first, by the weights and products that answer (nats)."""
@@ -109,7 +113,7 @@ class TorchEngine:
             raise self._stopped()
         found: asyncio.Future[list[float]] = self._loop.create_future()
         self._scores.add(found)
-        self._inbox.put(lambda decoder: self._post(partial(self._scored, found, decoder.score(ids))))
+        self._inbox.put(lambda decoder: self._post(partial(self._scored, found, attempt(lambda: decoder.score(ids)))))
         try:
             return await found
         finally:
@@ -159,7 +163,8 @@ class TorchEngine:
             with self._policy.decoding() as model:
                 self._invariant = batch_invariant(model)
                 self._ready.set()
-                self._work(Decoder(model, max_rows=self._max_rows, prefill_tokens=_PREFILL_TOKENS, together=not self._invariant))
+                while not attempt(partial(self._work, model)):
+                    self._begin_anew()
             self._ended = "it was closed"
         # The thread's outermost frame: whatever went wrong is told to everyone who waits, and to everyone who comes later.
         except BaseException as error:
@@ -168,12 +173,14 @@ class TorchEngine:
             self._post(self._give_up)
             self._ready.set()
 
-    def _work(self, decoder: Decoder) -> None:
+    def _work(self, model: Decoding) -> bool:
+        """Answer until it is closed; returns True then."""
+        decoder = Decoder(model, max_rows=self._max_rows, prefill_tokens=_PREFILL_TOKENS, together=not self._invariant)
         while True:
             while not decoder.busy or not self._inbox.empty():
                 change = self._inbox.get()
                 if change is None:
-                    return
+                    return True
                 change(decoder)
             events = [(self._of.get(event.request), event) for event in decoder.step()]
             self._rows, self._waiting = decoder.rows, decoder.waiting
@@ -183,15 +190,24 @@ class TorchEngine:
                     self._of.pop(event.request, None)
             self._post(partial(self._deliver, events))
 
-    def _take_in(self, decoder: Decoder, number: int, request: Request, held: list[int]) -> None:
-        inner = decoder.add(request)
-        held.append(inner)
-        self._of[inner] = number
+    def _begin_anew(self) -> None:
+        """After a step that did not fit into memory, whose decoder is gone: with half the rows, unless it was a single answer's fault."""
+        release()
+        lost = list(self._of.values())
+        if len(lost) > 1:
+            self._max_rows = max(1, self._max_rows // 2)
+        _LOG.error("out of memory: %d answers were refused; at most %d grow at once from here on", len(lost), self._max_rows)
+        self._of.clear()
+        self._rows = self._waiting = 0
+        self._post(partial(self._refuse, lost))
 
-    def _let_go(self, decoder: Decoder, held: Sequence[int]) -> None:
-        for inner in held:
+    def _take_in(self, decoder: Decoder, number: int, request: Request) -> None:
+        self._of[decoder.add(request)] = number
+
+    def _let_go(self, decoder: Decoder, number: int) -> None:
+        for inner in [inner for inner, ours in self._of.items() if ours == number]:
             decoder.cancel(inner)
-            self._of.pop(inner, None)
+            del self._of[inner]
         self._rows, self._waiting = decoder.rows, decoder.waiting
 
     def _post(self, work: Callable[[], None]) -> None:
@@ -205,19 +221,32 @@ class TorchEngine:
             if number is not None and number in self._answers:
                 self._answers[number].put_nowait(event)
 
-    def _scored(self, found: asyncio.Future[list[float]], scores: list[float]) -> None:
-        if not found.done():
+    def _scored(self, found: asyncio.Future[list[float]], scores: list[float] | None) -> None:
+        if found.done():
+            return
+        if scores is None:
+            found.set_exception(_out_of_memory())
+        else:
             found.set_result(scores)
+
+    def _refuse(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number in self._answers:
+                self._answers[number].put_nowait(_out_of_memory())
 
     def _give_up(self) -> None:
         for events in self._answers.values():
-            events.put_nowait(None)
+            events.put_nowait(self._stopped())
         for found in self._scores:
             if not found.done():
                 found.set_exception(self._stopped())
 
     def _stopped(self) -> EngineError:
         return EngineError(f"the engine has stopped: {self._ended}")
+
+
+def _out_of_memory() -> EngineError:
+    return EngineError("out of memory; ask again, for less at once")
 
 
 def batch_invariant(model: Decoding) -> bool:

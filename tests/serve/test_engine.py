@@ -176,12 +176,12 @@ def test_whoever_leaves_while_waiting_never_comes_in(policy: CausalPolicy) -> No
 
 
 class Breaking:
-    """A policy whose model raises once ``broken`` is set."""
+    """A policy whose model raises what is in ``broken``, each thing once."""
 
-    def __init__(self, policy: CausalPolicy) -> None:
+    def __init__(self, policy: CausalPolicy, *broken: Exception) -> None:
         self._policy = policy
         self.codec = policy.codec
-        self.broken = False
+        self.broken = list(broken)
 
     @contextmanager
     def decoding(self) -> Iterator[Decoding]:
@@ -190,7 +190,7 @@ class Breaking:
 
             def hidden(*given: Any) -> Any:
                 if self.broken:
-                    raise RuntimeError("a cable is loose")
+                    raise self.broken.pop()
                 return whole(*given)
 
             with mock.patch.object(model, "hidden", hidden):
@@ -205,7 +205,7 @@ def test_an_engine_that_breaks_tells_everyone_at_once_and_everyone_later(policy:
         first = engine.generate(engine.encode(PLAIN), endless)
         await anext(first)
         others = [asyncio.ensure_future(answer(engine, CHAT, endless)) for _ in range(3)]  # two grow, one waits
-        breaking.broken = True
+        breaking.broken.append(RuntimeError("a cable is loose"))
         score = asyncio.ensure_future(engine.score([5, 6, 7]))
 
         async def rest() -> None:
@@ -221,9 +221,75 @@ def test_an_engine_that_breaks_tells_everyone_at_once_and_everyone_later(policy:
     using(breaking, work, max_rows=3)
 
 
-def test_an_engine_that_cannot_begin_says_so(policy: CausalPolicy) -> None:
+def test_memory_that_does_not_suffice_costs_the_answers_of_that_moment_and_no_later_one(policy: CausalPolicy) -> None:
     breaking = Breaking(policy)
-    breaking.broken = True
+    endless = Parameters(max_tokens=400, logit_bias=((3, -100.0),))
+    short = Parameters(max_tokens=8, noise=(1, 0))
+
+    async def work(engine: TorchEngine) -> None:
+        before = await answer(engine, CHAT, short)
+        growing = [engine.generate(engine.encode(PLAIN), endless) for _ in range(4)]
+        for one in growing:
+            await anext(one)
+        waiting = asyncio.ensure_future(answer(engine, PLAIN, endless))
+        while not engine.figures()["waiting"]:
+            await anext(growing[0])
+        breaking.broken.append(MemoryError())
+
+        async def rest(one: AsyncIterator[Piece]) -> None:
+            async for _ in one:
+                pass
+
+        told = await asyncio.wait_for(asyncio.gather(*(rest(one) for one in growing), waiting, return_exceptions=True), 30)
+        assert [(type(error), str(error)) for error in told] == [(EngineError, "out of memory; ask again, for less at once")] * 5
+        assert engine.problem() is None
+        assert await answer(engine, CHAT, short) == before
+        # Those that left have the numbers that these get in the new decoder, and do not take them along.
+        again = [asyncio.ensure_future(answer(engine, CHAT, short)) for _ in range(4)]
+        assert await asyncio.gather(*again) == [before] * 4
+
+        crowd = [asyncio.ensure_future(answer(engine, PLAIN, endless)) for _ in range(3)]
+        while engine.figures()["waiting"] != 1:
+            await asyncio.sleep(0.01)
+        assert engine.figures()["rows"] == 2  # half of what did not fit
+        for one in crowd:
+            one.cancel()
+
+    using(breaking, work, max_rows=4)
+
+
+def test_a_single_answer_that_does_not_fit_leaves_the_room_as_it_was(policy: CausalPolicy) -> None:
+    breaking = Breaking(policy)
+    endless = Parameters(max_tokens=400, logit_bias=((3, -100.0),))
+
+    async def work(engine: TorchEngine) -> None:
+        breaking.broken.append(torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(EngineError, match="out of memory"):
+            await answer(engine, PLAIN, endless)
+        crowd = [asyncio.ensure_future(answer(engine, PLAIN, endless)) for _ in range(3)]
+        while engine.figures()["rows"] != 3:
+            await asyncio.sleep(0.01)
+        for one in crowd:
+            one.cancel()
+
+    using(breaking, work, max_rows=3)
+
+
+def test_a_score_that_does_not_fit_disturbs_nobody(policy: CausalPolicy) -> None:
+    breaking = Breaking(policy)
+
+    async def work(engine: TorchEngine) -> None:
+        want = await engine.score([5, 6, 7])
+        breaking.broken.append(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+        with pytest.raises(EngineError, match="out of memory"):
+            await asyncio.wait_for(engine.score([5, 6, 7]), 30)
+        assert await engine.score([5, 6, 7]) == want
+
+    using(breaking, work)
+
+
+def test_an_engine_that_cannot_begin_says_so(policy: CausalPolicy) -> None:
+    breaking = Breaking(policy, RuntimeError("a cable is loose"))
 
     async def nothing(engine: TorchEngine) -> None:
         raise AssertionError("it has begun")
