@@ -196,7 +196,7 @@ class TorchEngine:
         lost = list(self._of.values())
         if len(lost) > 1:
             self._max_rows = max(1, self._max_rows // 2)
-        _LOG.error("out of memory: %d answers were refused; at most %d grow at once from here on", len(lost), self._max_rows)
+        _LOG.error("out of memory: answers refused: %d; at most %d grow at once from here on", len(lost), self._max_rows)
         self._of.clear()
         self._rows = self._waiting = 0
         self._post(partial(self._refuse, lost))
