@@ -73,11 +73,9 @@ def _prepared_layers(model: nn.Module, weights: Mapping[str, Tensor], dtype: tor
         for name, part in model.named_modules():
             base = getattr(part, "base_layer", part)  # peft puts the layer that it adapts there
             if isinstance(base, nn.Linear | Conv1D) and not name.endswith(".base_layer") and ".lora_" not in name:
-                weight = weights[f"{name}.weight"]
-                if isinstance(base, Conv1D):  # GPT-2's, which keeps its weights transposed
-                    part.forward = product(weight.t(), base.bias, dtype, installed=False)
-                else:
-                    part.forward = product(weight, base.bias, dtype)
+                weight, of_gpt2 = weights[f"{name}.weight"], isinstance(base, Conv1D)
+                # GPT-2 keeps its weights transposed.
+                part.forward = product(weight.t() if of_gpt2 else weight, base.bias, dtype, installed=not of_gpt2)
                 changed.append(part)
         yield
     finally:
